@@ -1,0 +1,1 @@
+"""The model: layout of tensors, attention, mixture of experts, transformer, generation, interchange."""
