@@ -1,0 +1,1 @@
+"""Serving: the chat format, the tool-call parser and the servers."""
