@@ -1,0 +1,1 @@
+"""Documents, corpus cleaning, tokenizer, packing and the resumable loader."""
