@@ -1,0 +1,1 @@
+"""Torch-free configuration schemas; importable in a KFP compiler."""

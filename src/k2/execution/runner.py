@@ -1,0 +1,119 @@
+"""Running one stage: find what exists, else hold the lease, run, publish."""
+
+import importlib
+import logging
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from k2.config.base import Section
+from k2.errors import StageError
+from k2.execution.contract import Progress
+from k2.execution.digest import artifact_key, code_digest
+from k2.execution.registry import STAGES, StageSpec
+from k2.store.artifacts import Artifact, ArtifactWriter, find
+from k2.store.client import Store
+from k2.store.lease import Holder, Lease
+from k2.store.work import WorkArea
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What running a stage led to. `cached`: nothing had to be done."""
+
+    artifact: Artifact
+    metrics: Mapping[str, Any]
+    cached: bool
+    wall_s: float
+
+
+def execute(
+    stage: str,
+    config: Section,
+    inputs: Mapping[str, Artifact],
+    store: Store,
+    progress: Progress,
+) -> Outcome:
+    """Return the stage's artifact, making it only when it is not there yet or no longer intact.
+
+    Raises:
+        UserError: bad input; the message says what to change.
+        StageError: the stage could not finish.
+    """
+    started = time.monotonic()
+    spec = STAGES[stage]
+    _require_inputs(spec, inputs)
+    key = artifact_key(spec, config, inputs, _external(spec, config, store))
+    if not spec.always:
+        done = _intact(store, stage, key)
+        if done is not None:
+            return Outcome(done, done.statistics, True, time.monotonic() - started)
+
+    def published(holder: Holder) -> bool:
+        progress.event("waiting", holder=f"{holder.host}:{holder.pid}")
+        return find(store, stage, key) is not None
+
+    with Lease(store, f"work/{key}/lease.json", waiting=published) as lease:
+        done = None if spec.always else _intact(store, stage, key)
+        if done is not None:
+            return Outcome(done, done.statistics, True, time.monotonic() - started)
+        artifact, metrics = _run(spec, config, inputs, store, key, lease, progress)
+    cached = spec.always and not metrics.get("changed", True)
+    return Outcome(artifact, metrics, cached, time.monotonic() - started)
+
+
+def lookup(stage: str, config: Section, inputs: Mapping[str, Artifact], store: Store) -> Artifact | None:
+    """The stage's artifact if it was made already, without running anything."""
+    spec = STAGES[stage]
+    return find(store, stage, artifact_key(spec, config, inputs, _external(spec, config, store)))
+
+
+def _require_inputs(spec: StageSpec, inputs: Mapping[str, Artifact]) -> None:
+    if set(inputs) != set(spec.inputs):
+        raise StageError(f"{spec.name} takes the inputs {sorted(spec.inputs)}, got {sorted(inputs)}")
+
+
+def _external(spec: StageSpec, config: Section, store: Store) -> str | None:
+    if spec.always:
+        return uuid.uuid4().hex
+    if spec.external is None:
+        return None
+    fingerprint: str = importlib.import_module(f"k2.{spec.external}").fingerprint(config, store)
+    return fingerprint
+
+
+def _intact(store: Store, stage: str, key: str) -> Artifact | None:
+    artifact = find(store, stage, key)
+    if artifact is None or artifact.intact():
+        return artifact
+    log.warning("%s is incomplete or corrupt and is made anew", artifact.uri)
+    return None
+
+
+def _run(
+    spec: StageSpec,
+    config: Section,
+    inputs: Mapping[str, Artifact],
+    store: Store,
+    key: str,
+    lease: Lease,
+    progress: Progress,
+) -> tuple[Artifact, Mapping[str, Any]]:
+    stale = store.get_tagged(f"{spec.name}/{key}/manifest.json")
+    provenance = {
+        "code": code_digest(spec.module),
+        "config": config.model_dump(mode="json"),
+        "inputs": {name: artifact.uri for name, artifact in inputs.items()},
+    }
+    work = WorkArea(store, key, lease)
+    writer = ArtifactWriter(store, spec.name, key, work, provenance, stale[1] if stale else None)
+    try:
+        result = importlib.import_module(spec.module).run(config, inputs, writer, progress=progress)
+    finally:
+        writer.discard()
+    work.clear()
+    return result.artifact, result.metrics

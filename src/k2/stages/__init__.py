@@ -1,0 +1,1 @@
+"""One file per node of the DAG; each holds `run`, nothing else."""

@@ -1,0 +1,1 @@
+"""Object storage: client, immutable artifacts, work in progress behind leases, aliases."""
