@@ -1,0 +1,26 @@
+"""MuonClip and the rules of one training step. Kimi K2's values are the defaults (report section 2.1 and 2.5)."""
+
+from k2.config.base import Section, setting
+
+
+class OptimizerConfig(Section):
+    """Muon for matrices, AdamW for embeddings, head and gains, QK-Clip, expert bias, and what to do with bad steps."""
+
+    momentum: float = setting(0.95, "Muon's momentum (mu)", ge=0, lt=1)
+    nesterov: bool = setting(True, "feed mu * M + G to Newton-Schulz instead of M, as Moonlight does")
+    newton_schulz_steps: int = setting(5, "iterations of Newton-Schulz", ge=1, le=20)
+    newton_schulz_bf16: bool = setting(True, "orthogonalise in bfloat16; false takes float32")
+    update_rms: float = setting(0.2, "root mean square of a full-rank Muon update, before the learning rate", gt=0)
+    weight_decay: float = setting(0.1, "decoupled weight decay of every weight, gains included", ge=0)
+    adam_beta1: float = setting(0.9, "AdamW's decay of the gradient average", ge=0, lt=1)
+    adam_beta2: float = setting(0.95, "AdamW's decay of the squared-gradient average", ge=0, lt=1)
+    adam_eps: float = setting(1e-8, "AdamW's epsilon", gt=0)
+    tau: float | None = setting(
+        100.0, "QK-Clip's threshold on a head's largest attention logit; null never clips", gt=0
+    )
+    bias_update_speed: float = setting(1e-3, "step of the expert-balancing bias; 0 freezes it", ge=0)
+    max_grad_norm: float | None = setting(None, "clip the global gradient norm to this; null never clips", gt=0)
+    spike_margin: float | None = setting(
+        None, "skip an update whose loss exceeds the running mean by more than this many nats; null never skips", gt=0
+    )
+    max_skipped_steps: int = setting(5, "fail after this many skipped updates in a row", ge=1)

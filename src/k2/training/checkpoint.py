@@ -1,0 +1,115 @@
+"""Checkpoints of a running stage: everything a killed run needs to end in the same bytes as one never killed.
+
+Each one is two objects committed at once: tensors (weights, selection biases, optimizer state in its own precision,
+QK-Clip counters, the random generator) and JSON (step, tokens, data position, curves). The last two are kept.
+"""
+
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save_file
+from torch import Tensor
+
+from k2.errors import StageError
+from k2.store.work import WorkArea
+from k2.training.history import History
+from k2.training.state import Source, TrainState
+
+KEEP = 2
+"""Checkpoints kept: should the newest be corrupt, the one before leads to the same bytes."""
+
+_NAME = re.compile(r"checkpoint-(\d+)\.json")
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """Saves to and restores from a stage's work area, every `interval` steps."""
+
+    def __init__(self, work: WorkArea, interval: int) -> None:
+        self._work, self._interval = work, interval
+
+    def step(self, state: TrainState, source: Source[Any]) -> None:
+        """Save if the interval says so."""
+        if state.step % self._interval == 0:
+            self.save(state, source)
+
+    def save(self, state: TrainState, source: Source[Any], extra: Mapping[str, Any] | None = None) -> None:
+        """Commit one checkpoint and forget all but the last two. `extra` is JSON that `restore` gives back."""
+        values = _values(state) | {"source": source.state_dict(), "extra": dict(extra or {})}
+        name = f"checkpoint-{state.step:09d}"
+        old = [
+            n for step in self._steps()[: 1 - KEEP] for n in _objects(f"checkpoint-{step:09d}") if step != state.step
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tensors"
+            save_file(_tensors(state), path)
+            tensors, document = _objects(name)
+            self._work.save({tensors: path, document: json.dumps(values, sort_keys=True).encode()}, drop=old)
+
+    def restore(self, state: TrainState, source: Source[Any]) -> dict[str, Any] | None:
+        """Bring state and source to the newest intact checkpoint; returns its `extra`, or None if there is none.
+
+        Raises:
+            StageError: every checkpoint is corrupt.
+        """
+        steps = self._steps()
+        for step in reversed(steps):
+            try:
+                tensors, document = (self._load(name) for name in _objects(f"checkpoint-{step:09d}"))
+            except StageError as error:
+                if step == steps[0]:
+                    raise
+                _log.warning("checkpoint of step %d cannot be read, taking the one before: %s", step, error)
+                continue
+            values = json.loads(document)
+            _restore(state, load(tensors), values)
+            source.load_state_dict(values["source"])
+            extra: dict[str, Any] = values["extra"]
+            return extra
+        return None
+
+    def saved_tokens(self) -> int:
+        """Tokens seen at the newest checkpoint, 0 without one."""
+        steps = self._steps()
+        return 0 if not steps else int(json.loads(self._load(_objects(f"checkpoint-{steps[-1]:09d}")[1]))["tokens"])
+
+    def _steps(self) -> list[int]:
+        return sorted(int(found[1]) for found in map(_NAME.fullmatch, self._work.names()) if found)
+
+    def _load(self, name: str) -> bytes:
+        data = self._work.load(name)
+        if data is None:
+            raise StageError(f"the checkpoint has no object {name!r}")
+        return data
+
+
+def _objects(name: str) -> tuple[str, str]:
+    return f"{name}.safetensors", f"{name}.json"
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    model = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
+    optimizer = {f"optimizer.{name}": tensor for name, tensor in state.optimizer.state_dict().items()}
+    return {n: t.contiguous() for n, t in (model | optimizer | {"rng": torch.get_rng_state()}).items()}
+
+
+def _values(state: TrainState) -> dict[str, Any]:
+    scalars = {name: getattr(state, name) for name in ("step", "tokens", "skipped", "mean_loss")}
+    return scalars | {"history": vars(state.history)}
+
+
+def _restore(state: TrainState, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): tensor for n, tensor in tensors.items() if n.startswith(prefix)}
+
+    state.model.load_state_dict(part("model."))
+    state.optimizer.load_state_dict(part("optimizer."))
+    torch.set_rng_state(tensors["rng"])
+    state.step, state.tokens, state.skipped = values["step"], values["tokens"], values["skipped"]
+    state.mean_loss, state.history = values["mean_loss"], History(**values["history"])

@@ -1,0 +1,268 @@
+"""The one training loop. Pretraining, fine-tuning, quantisation-aware training and RL differ in data and loss only.
+
+A stage builds a `TrainState`, a `Source` of micro-batches and a `LossFn`, and calls `train`. RL, which makes its
+batches from rollouts, calls `train_step` itself. Nothing here knows the time, so a resumed run makes the same bytes.
+
+Letters in shapes: N layers, M layers with experts, H heads, E experts.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from k2.errors import StageError
+from k2.execution.contract import Progress
+from k2.model.moe import MixtureOfExperts, bias_step
+from k2.model.transformer import Statistics, Transformer
+from k2.optim.muonclip import MuonClip
+from k2.optim.norms import stable_norm
+from k2.training.checkpoint import Checkpoints
+from k2.training.state import BatchT, BatchT_contra, Source, TrainState
+
+LOSS_MEMORY = 0.9
+"""Share of the running mean of the loss that a step keeps; the mean is what spikes are measured against."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a loss function returns for one micro-batch.
+
+    total: scalar with gradient, the loss SUMMED over `weight` items; gradients are divided by the step's weight,
+        so that accumulation equals one large batch.
+    weight: number of items summed (target tokens, or whatever the objective averages over).
+    statistics: of the model's forward pass.
+    metrics: further sums over the items, reported as means (reward, KL, accuracy, ...).
+    """
+
+    total: Tensor
+    weight: float
+    statistics: Statistics
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class LossFn(Protocol[BatchT_contra]):
+    """Forward pass and objective."""
+
+    def __call__(self, model: Transformer, batch: BatchT_contra, /) -> Loss:
+        """The summed loss of one micro-batch."""
+
+
+class ParallelPlan(Protocol):
+    """How the ranks of a run share one step."""
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each tensor over the data-parallel ranks, in place."""
+
+    def max_(self, tensor: Tensor) -> None:
+        """Maximum over the data-parallel ranks, in place."""
+
+
+class SingleProcess:
+    """The 1x1x1 plan: nothing to share."""
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """One rank's sum is the sum."""
+
+    def max_(self, tensor: Tensor) -> None:
+        """One rank's maximum is the maximum."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one step saw and did; `row` is its line in the history.
+
+    max_logits: largest attention logit of each layer, N numbers.
+    expert_load: busiest expert's share relative to an equal one, for each of M layers; 1 is perfect balance.
+    skipped: why the update was not made, or None.
+    """
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    update_rms: float
+    max_logits: list[float]
+    clipped_heads: int
+    expert_load: list[float]
+    skipped: str | None
+    metrics: dict[str, float]
+
+    def row(self) -> dict[str, Any]:
+        """The values as JSON, without the reason of a skip."""
+        scalars = {k: v for k, v in vars(self).items() if k not in ("skipped", "metrics")}
+        return scalars | {"skipped": int(self.skipped is not None)} | self.metrics
+
+
+@dataclass
+class _Sums(Generic[BatchT]):
+    """What accumulates over the micro-batches of a step; `metrics` are sums over `weight` items."""
+
+    weight: float = 0.0
+    tokens: int = 0
+    loss: float = 0.0
+    expert_counts_ME: Tensor | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def add(self, batch: BatchT, loss: Loss) -> None:
+        self.weight += loss.weight
+        self.tokens += batch.tokens
+        self.loss += loss.total.item()
+        # Counts come from the forward pass's return value, so recomputation in the backward pass adds nothing.
+        counts = loss.statistics.expert_counts_ME
+        self.expert_counts_ME = counts if self.expert_counts_ME is None else self.expert_counts_ME + counts
+        for name, value in loss.metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + value
+
+
+def train_step(
+    state: TrainState,
+    batches: Iterable[BatchT],
+    loss_fn: LossFn[BatchT],
+    lr: Callable[[int], float],
+    plan: ParallelPlan | None = None,
+) -> StepReport:
+    """One optimizer step over all micro-batches.
+
+    Args:
+        lr: learning rate as a function of the tokens seen after this step.
+    Raises:
+        StageError: too many updates in a row had to be skipped (non-finite gradient, or a loss spike).
+    """
+    plan, optimizer = plan or SingleProcess(), state.optimizer
+    state.model.train()
+    optimizer.zero_grad()
+    sums = _accumulate(state, batches, loss_fn)
+    _share(sums, optimizer, plan)
+    loss, grad_norm = sums.loss / sums.weight, _normalize_gradients(optimizer, sums.weight)
+    rate = lr(state.tokens + sums.tokens)
+    maxima = optimizer.qk_clip.maxima.amax(1).tolist()
+    skipped = _reason_to_skip(state, loss, grad_norm)
+    if skipped is None:
+        _update(state, sums, loss, rate)
+    state.step, state.tokens = state.step + 1, state.tokens + sums.tokens
+    state.skipped = state.skipped + 1 if skipped else 0
+    if state.skipped > optimizer.config.max_skipped_steps:
+        raise StageError(f"step {state.step}: {state.skipped} updates in a row were skipped, the last: {skipped}")
+    return StepReport(
+        step=state.step,
+        tokens=state.tokens,
+        loss=loss,
+        lr=rate,
+        grad_norm=grad_norm,
+        update_rms=0.0 if skipped else optimizer.update_rms,
+        max_logits=maxima,
+        clipped_heads=0 if skipped else optimizer.clip_report.clipped,
+        expert_load=_load(sums.expert_counts_ME),
+        skipped=skipped,
+        metrics={name: value / sums.weight for name, value in sums.metrics.items()},
+    )
+
+
+def _accumulate(state: TrainState, batches: Iterable[BatchT], loss_fn: LossFn[BatchT]) -> _Sums[BatchT]:
+    sums: _Sums[BatchT] = _Sums()
+    for batch in batches:
+        loss = loss_fn(state.model, batch)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        state.optimizer.qk_clip.observe(loss.statistics.max_logits_NH)
+        sums.add(batch, loss)
+    return sums
+
+
+def _share(sums: _Sums[BatchT], optimizer: MuonClip, plan: ParallelPlan) -> None:
+    """Make the sums and maxima those of all data-parallel ranks: each is counted once, globally."""
+    names = sorted(sums.metrics)
+    scalars = torch.tensor(
+        [sums.weight, sums.tokens, sums.loss, *(sums.metrics[n] for n in names)], dtype=torch.float64
+    )
+    gradients = [parameter.grad for parameter in optimizer.trained() if parameter.grad is not None]
+    counts = [] if sums.expert_counts_ME is None else [sums.expert_counts_ME]
+    plan.sum_([scalars, *counts, *gradients])
+    plan.max_(optimizer.qk_clip.maxima)
+    sums.weight, tokens, sums.loss, *values = scalars.tolist()
+    sums.tokens, sums.metrics = int(tokens), dict(zip(names, values, strict=True))
+
+
+def _normalize_gradients(optimizer: MuonClip, weight: float) -> float:
+    """Divide the summed gradients by the weight, clip their global norm if configured, and return it unclipped."""
+    gradients = [parameter.grad for parameter in optimizer.trained() if parameter.grad is not None]
+    norm = float(torch.stack([stable_norm(gradient) for gradient in gradients]).norm()) / weight
+    limit = optimizer.config.max_grad_norm
+    torch._foreach_mul_(gradients, (1.0 if limit is None or norm <= limit else limit / norm) / weight)
+    return norm
+
+
+def _reason_to_skip(state: TrainState, loss: float, grad_norm: float) -> str | None:
+    margin = state.optimizer.config.spike_margin
+    if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        return f"loss {loss}, gradient norm {grad_norm}"
+    if margin is not None and state.mean_loss is not None and loss > state.mean_loss + margin:
+        return f"loss {loss:.4f} is more than {margin} above its running mean {state.mean_loss:.4f}"
+    return None
+
+
+def _update(state: TrainState, sums: _Sums[BatchT], loss: float, lr: float) -> None:
+    state.optimizer.set_lr(lr)
+    state.optimizer.step()
+    if sums.expert_counts_ME is not None:
+        balance_experts(state.model, sums.expert_counts_ME, state.optimizer.config.bias_update_speed)
+    mean = loss if state.mean_loss is None else state.mean_loss
+    state.mean_loss = LOSS_MEMORY * mean + (1 - LOSS_MEMORY) * loss
+
+
+@torch.no_grad()
+def balance_experts(model: nn.Module, counts_ME: Tensor, speed: float) -> None:
+    """Move every router's selection bias by Moonlight's rule, from the token counts of the whole step."""
+    mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    for mixture, counts_E in zip(mixtures, counts_ME, strict=True):
+        mixture.gate.e_score_correction_bias += speed * bias_step(counts_E)
+
+
+def _load(counts_ME: Tensor | None) -> list[float]:
+    if counts_ME is None or not len(counts_ME):
+        return []
+    counts = counts_ME.double()
+    loads: list[float] = (counts.amax(1) / counts.mean(1)).tolist()
+    return loads
+
+
+def train(
+    state: TrainState,
+    source: Source[BatchT],
+    loss_fn: LossFn[BatchT],
+    lr: Callable[[int], float],
+    *,
+    until: int,
+    progress: Progress,
+    checkpoints: Checkpoints | None = None,
+    total: int | None = None,
+    plan: ParallelPlan | None = None,
+) -> None:
+    """Make steps until `state.step` is `until`, saving what a resumed run needs.
+
+    Call `checkpoints.restore(state, source)` first; a state that is already past `until` makes no step.
+
+    Args:
+        total: steps of the whole stage when this call is one phase of it, for progress only.
+    Raises:
+        StageError: as `train_step`.
+    """
+    while state.step < until:
+        report = train_step(state, source.next_step(), loss_fn, lr, plan)
+        state.history.add(report.row())
+        _show(report, total or until, progress)
+        if checkpoints is not None:
+            checkpoints.step(state, source)
+
+
+def _show(report: StepReport, total: int, progress: Progress) -> None:
+    values = {"loss": report.loss, "lr": report.lr, "tokens": report.tokens, "max_logit": max(report.max_logits)}
+    progress.update(report.step, total, "steps", **values)
+    if report.skipped:
+        progress.event("skipped_update", step=report.step, reason=report.skipped)
+    if report.clipped_heads:
+        progress.event("qk_clip", step=report.step, heads=report.clipped_heads, max_logit=max(report.max_logits))

@@ -1,0 +1,52 @@
+"""What a training run carries from step to step, and where its data comes from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from k2.model.transformer import Transformer
+from k2.optim.muonclip import MuonClip
+from k2.training.history import History
+
+
+class MicroBatch(Protocol):
+    """What fits through the model at once; one step accumulates several."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the model reads, for the schedule and the counters."""
+
+
+BatchT = TypeVar("BatchT", bound=MicroBatch)
+BatchT_co = TypeVar("BatchT_co", bound=MicroBatch, covariant=True)
+BatchT_contra = TypeVar("BatchT_contra", bound=MicroBatch, contravariant=True)
+
+
+class Source(Protocol[BatchT_co]):
+    """Endless steps of micro-batches with a resumable position."""
+
+    def next_step(self) -> Sequence[BatchT_co]:
+        """This rank's micro-batches of the next step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last step, JSON-ready."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position."""
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes. Together with the source's position and the RNG it is a checkpoint.
+
+    skipped: updates skipped in a row.
+    mean_loss: running mean of the loss, None before the first good step.
+    """
+
+    model: Transformer
+    optimizer: MuonClip
+    history: History = field(default_factory=History)
+    step: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    mean_loss: float | None = None
