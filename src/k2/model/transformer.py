@@ -1,0 +1,167 @@
+"""The Kimi K2 transformer: DeepSeek-V3's blocks, or a range of them as one pipeline stage.
+
+Letters in shapes: B batch, L length, D hidden, H heads, E experts, V vocabulary, N layers, M MoE layers.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from k2.config.model import ModelConfig
+from k2.model.layers import GatedMLP, Linear, RMSNorm
+from k2.model.loss import token_log_probs
+from k2.model.mla import AttentionContext, LatentAttention, attention_context
+from k2.model.moe import Experts, MixtureOfExperts, Routing, WeightTransform, balance_loss
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one forward pass measured.
+
+    max_logits_NH: largest attention logit of each layer and head (QK-Clip).
+    expert_counts_ME: tokens each expert of each MoE layer received (balancing).
+    balance_loss: DeepSeek-V3's sequence-wise loss, mean over MoE layers; zero when there is none.
+    """
+
+    max_logits_NH: Tensor
+    expert_counts_ME: Tensor
+    balance_loss: Tensor
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LatentAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        dense = layer < config.first_k_dense_replace
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
+
+    def forward(self, x_BLD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Routing | None]:
+        """New residual stream, largest logit per head [H], and the routing of an MoE layer."""
+        attended, max_H = self.self_attn(self.input_layernorm(x_BLD), context)
+        x_BLD = x_BLD + attended
+        normed = self.post_attention_layernorm(x_BLD)
+        if isinstance(self.mlp, GatedMLP):
+            return x_BLD + self.mlp(normed), max_H, None
+        mixed, routing = self.mlp(normed)
+        return x_BLD + mixed, max_H, routing
+
+
+class Transformer(nn.Module):
+    """The model, or the slice `layers` of it: the first slice embeds, the last one has the final norm and head.
+
+    Weights keep the precision they have (float32 masters by default); `compute_dtype` is what activations and
+    matrix products use. `recompute` trades memory for a second forward pass of each layer during backward.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        layers: range | None = None,
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        numbers = range(config.num_hidden_layers) if layers is None else layers
+        self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
+        self.embed_tokens = Linear(config.hidden_size, config.vocab_size) if numbers.start == 0 else None
+        self.layers = nn.ModuleDict({str(number): DecoderLayer(config, number) for number in numbers})
+        last = numbers.stop == config.num_hidden_layers
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else None
+        self.lm_head = Linear(config.hidden_size, config.vocab_size) if last else None
+
+    def initialize(self, seed: int) -> "Transformer":
+        """Draw every matrix from N(0, initializer_range^2); norms stay one and selection biases zero."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
+        return self
+
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        positions_BL: Tensor | None = None,
+        documents_BL: Tensor | None = None,
+        keep_BL: Tensor | None = None,
+        with_balance_loss: bool = False,
+    ) -> tuple[Tensor, Statistics]:
+        """Tokens [B, L], or hidden states [B, L, D] from the slice before, to hidden states and statistics.
+
+        The last slice's hidden states are final-normed: `logits`, `log_probs` and `loss` take them.
+        `documents_BL` numbers the documents of packed rows, which do not see each other; `keep_BL` is False on
+        padding. Padding is excluded from attention and from its statistics, not from expert counts.
+        """
+        x_BLD = inputs if self.embed_tokens is None else self._embed(inputs)
+        context = attention_context(self.config, x_BLD[..., 0], self.compute_dtype, positions_BL, documents_BL, keep_BL)
+        maxima, routings = [], []
+        for layer in self.layers.values():
+            x_BLD, max_H, routing = self._run(layer, x_BLD, context)
+            maxima.append(max_H)
+            routings += [routing] if routing is not None else []
+        statistics = self._statistics(maxima, routings, x_BLD.shape[0] if with_balance_loss else None)
+        return (x_BLD if self.norm is None else self.norm(x_BLD)), statistics
+
+    def _embed(self, tokens_BL: Tensor) -> Tensor:
+        assert self.embed_tokens is not None
+        return F.embedding(tokens_BL, self.embed_tokens.weight).to(self.compute_dtype)
+
+    def _run(self, layer: nn.Module, x_BLD: Tensor, context: AttentionContext) -> Any:
+        # Statistics are returned, not stored: a recomputed layer cannot count its tokens twice.
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(partial(layer, context=context), x_BLD, use_reentrant=False)
+        return layer(x_BLD, context)
+
+    def _statistics(self, maxima: list[Tensor], routings: list[Routing], sequences: int | None) -> Statistics:
+        experts = self.config.n_routed_experts
+        counts = [torch.bincount(routing.experts_TS.flatten(), minlength=experts) for routing in routings]
+        zero = maxima[0].new_zeros(())
+        loss = zero
+        if sequences is not None and routings:
+            loss = torch.stack([balance_loss(routing, sequences) for routing in routings]).mean()
+        empty = torch.zeros(0, experts, dtype=torch.int64, device=zero.device)
+        return Statistics(torch.stack(maxima), torch.stack(counts) if counts else empty, loss)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] in compute precision; for few tokens, such as the last ones when sampling."""
+        result: Tensor = self._head(hidden)
+        return result
+
+    @property
+    def _head(self) -> Linear:
+        assert self.lm_head is not None, "only the last pipeline stage has logits"
+        return self.lm_head
+
+    def log_probs(self, hidden_BLD: Tensor, targets_BL: Tensor) -> Tensor:
+        """Natural-log probability [B, L] of each target token, differentiable, in at least float32."""
+        flat_T = token_log_probs(hidden_BLD.flatten(0, -2), self._head.weight, targets_BL.flatten())
+        return flat_T.view_as(targets_BL)
+
+    def loss(self, hidden_BLD: Tensor, targets_BL: Tensor, weights_BL: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats, the mean over tokens weighted by `weights_BL` (default: all ones).
+
+        `targets_BL[b, i]` is the token that follows position i. Weights must not all be zero.
+        """
+        log_probs_BL = self.log_probs(hidden_BLD, targets_BL)
+        if weights_BL is None:
+            return -log_probs_BL.mean()
+        return -(log_probs_BL * weights_BL).sum() / weights_BL.sum()
+
+    def experts(self) -> list[Experts]:
+        """The routed experts of this slice's MoE layers, in order."""
+        return [module for module in self.modules() if isinstance(module, Experts)]
+
+    def set_weight_transform(self, transform: WeightTransform | None) -> None:
+        """Pass every routed expert weight through `transform` in the forward pass (INT4-aware training)."""
+        for experts in self.experts():
+            experts.weight_transform = transform
