@@ -119,7 +119,8 @@ class MuonClip(torch.optim.Optimizer):
         scale = self.config.update_rms * max(shape) ** 0.5
         for block, part in zip(blocks, torch.split(update_NRC, counts), strict=True):
             block.of(self._weights[block.parameter]).add_(part, alpha=-lr * scale)
-        return (stable_norm(update_NRC) * scale).square()
+        norm = stable_norm(update_NRC) * scale
+        return norm.square()
 
     def _direction(self, block: Block, gradients: Mapping[str, Tensor], out_NRC: Tensor) -> None:
         momentum = block.of(self._tensors[f"momentum.{block.parameter}"])

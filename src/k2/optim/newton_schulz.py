@@ -42,7 +42,8 @@ def _per_chunk(batch_NRC: Tensor) -> int:
 
 
 def _iterate(x_NRC: Tensor, steps: int) -> Tensor:
-    norm = torch.linalg.vector_norm(x_NRC, dim=(-2, -1), keepdim=True, dtype=torch.float32)
+    wide = torch.promote_types(x_NRC.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x_NRC, dim=(-2, -1), keepdim=True, dtype=wide)
     x_NRC = x_NRC / norm.clamp_(min=EPS).to(x_NRC.dtype)
     # Multiplications: 5 (2 R^2 C + R^3) against 4 R^2 C + 14 R^3; measured, they break even near C = 2R.
     iterate = gram_steps if x_NRC.shape[-1] >= 2 * x_NRC.shape[-2] else direct_steps
