@@ -25,6 +25,7 @@ class K2Config(Section):
     """Everything a run of the pipeline is decided by."""
 
     preset: str = setting("tiny", "the preset this configuration started from", semantic=False)
+    run: str = setting("", "name of the run; names its record and report", semantic=False)
     corpus: CorpusConfig = CorpusConfig()
     ingest: IngestConfig = IngestConfig()
     rephrase: RephraseConfig = RephraseConfig()

@@ -18,8 +18,8 @@ def preset_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in _presets() if p.name.endswith(".yaml"))
 
 
-def load_config(preset: str, document: Mapping[str, Any] | None = None, overrides: Iterable[str] = ()) -> K2Config:
-    """The preset, with `document` merged over it, with `dotted.path=value` overrides last (values are YAML).
+def load_config(preset: str, document: Mapping[str, Any] | None = None) -> K2Config:
+    """The preset with `document` merged over it.
 
     Raises:
         UserError: unknown preset, unknown field or bad value; the message names the dotted field, its value and
@@ -29,10 +29,19 @@ def load_config(preset: str, document: Mapping[str, Any] | None = None, override
         raise UserError(f"preset: {preset!r} is unknown; choose one of {', '.join(preset_names())}")
     text = next(p for p in _presets() if p.name == f"{preset}.yaml").read_text(encoding="utf-8")
     values: dict[str, Any] = yaml.safe_load(text) or {}
-    values = _merge(values, document or {})
+    return validate(_merge(values, document or {}) | {"preset": preset})
+
+
+def merge_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`dotted.path=value` overrides merged over a document; values are YAML, the last one wins.
+
+    Raises:
+        UserError: an override is not of that form.
+    """
+    merged = dict(document)
     for override in overrides:
-        values = _merge(values, _parse_override(override))
-    return validate(values | {"preset": preset})
+        merged = _merge(merged, _parse_override(override))
+    return merged
 
 
 def read_document(path: Path) -> dict[str, Any]:

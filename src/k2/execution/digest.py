@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
-
 import k2
 from k2.config.base import Section, canonical_json, semantic_values
 from k2.execution.registry import NUMERICS, StageSpec
@@ -98,5 +97,3 @@ def _source(module: str) -> Path:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-

@@ -38,7 +38,9 @@ _SPECS = (
         packages=("sympy", "scipy", "numpy", "networkx"),
         external="data.sources",
     ),
-    StageSpec("ingest", "Normalise, deduplicate, filter, classify", {"corpus": "corpus"}, ("datatrove", "scikit-learn")),
+    StageSpec(
+        "ingest", "Normalise, deduplicate, filter, classify", {"corpus": "corpus"}, ("datatrove", "scikit-learn")
+    ),
     StageSpec(
         "rephrase",
         "Rewrite knowledge and mathematics with an LLM",

@@ -1,7 +1,7 @@
 """Immutable artifacts: files under an attempt, one manifest as the only commit point, verified reads.
 
-    <kind>/<key>/<attempt>/<path>      the files
-    <kind>/<key>/manifest.json         written last, with If-None-Match
+<kind>/<key>/<attempt>/<path>      the files
+<kind>/<key>/manifest.json         written last, with If-None-Match
 """
 
 import hashlib
@@ -262,5 +262,3 @@ class ArtifactWriter:
                 raise
             return winner
         return Artifact(self.store, manifest)
-
-

@@ -8,15 +8,21 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import certifi
 import urllib3
 from minio import Minio
-from minio.credentials import AWSConfigProvider, ChainedProvider, EnvAWSProvider, IamAwsProvider, StaticProvider
-from minio.credentials.providers import Provider
-from minio.error import S3Error
+from minio.credentials.providers import (
+    AWSConfigProvider,
+    ChainedProvider,
+    EnvAWSProvider,
+    IamAwsProvider,
+    Provider,
+    StaticProvider,
+)
+from minio.error import MinioException, S3Error
 
 from k2.errors import StageError, UserError
 
@@ -61,7 +67,9 @@ class StoreSettings:
         """
         env = os.environ
         if not env.get("K2_S3_ENDPOINT"):
-            raise UserError("K2_S3_ENDPOINT is not set: give the URL of an S3 service, or use `k2 run`, which starts one")
+            raise UserError(
+                "K2_S3_ENDPOINT is not set: give the URL of an S3 service, or use `k2 run`, which starts one"
+            )
         try:
             timeout, retries = float(env.get("K2_S3_TIMEOUT", "30")), int(env.get("K2_S3_RETRIES", "4"))
         except ValueError as error:
@@ -94,7 +102,7 @@ def _pool(settings: StoreSettings) -> urllib3.PoolManager:
         allowed_methods=None,
         raise_on_status=False,
     )
-    options = {
+    options: dict[str, Any] = {
         "timeout": urllib3.Timeout(connect=min(settings.timeout_s, 10.0), read=settings.timeout_s),
         "retries": retry,
         "maxsize": 8,
@@ -153,11 +161,10 @@ class Store:
             UserError: unreachable, credentials refused, or no such bucket.
         """
         try:
-            found = self._client.bucket_exists(self.bucket)
-        except (S3Error, urllib3.exceptions.HTTPError, ValueError) as error:
-            raise UserError(f"object store {self.settings.endpoint}: {_reason(error)}") from None
-        if not found:
-            raise UserError(f"object store {self.settings.endpoint}: bucket {self.bucket!r} does not exist; create it")
+            # A HEAD request would answer without saying why it was refused.
+            next(iter(self._client.list_objects(self.bucket, self._key(""))), None)
+        except (*_FAILURES, ValueError) as error:
+            raise UserError(f"object store {self.settings.endpoint}, bucket {self.bucket!r}: {_reason(error)}") from None
 
     def put(self, name: str, data: bytes, *, if_none_match: bool = False, if_match: str | None = None) -> str:
         """Write a small object in one request and return its ETag.
@@ -165,7 +172,7 @@ class Store:
         Raises:
             ConflictError: `if_none_match` and it exists, or `if_match` and its ETag differs.
         """
-        headers = {"If-None-Match": "*"} if if_none_match else {}
+        headers: dict[str, Any] = {"If-None-Match": "*"} if if_none_match else {}
         headers |= {"If-Match": f'"{if_match}"'} if if_match else {}
         try:
             # minio has no public conditional put.
@@ -174,7 +181,7 @@ class Store:
             if error.code in ("PreconditionFailed", "ConditionalRequestConflict"):
                 raise ConflictError(f"{self.url(name)}: changed by someone else") from None
             raise self._failed("write", name, error) from None
-        except urllib3.exceptions.HTTPError as error:
+        except _FAILURES as error:
             raise self._failed("write", name, error) from None
         return response.headers["etag"].strip('"')
 
@@ -191,7 +198,7 @@ class Store:
             if error.code in ("NoSuchKey", "NoSuchObject"):
                 return None
             raise self._failed("read", name, error) from None
-        except urllib3.exceptions.HTTPError as error:
+        except _FAILURES as error:
             raise self._failed("read", name, error) from None
         try:
             return response.data, response.headers["etag"].strip('"')
@@ -207,7 +214,7 @@ class Store:
             if error.code in ("NoSuchKey", "NoSuchObject"):
                 return None
             raise self._failed("look up", name, error) from None
-        except urllib3.exceptions.HTTPError as error:
+        except _FAILURES as error:
             raise self._failed("look up", name, error) from None
         return ObjectInfo(name, found.size or 0, (found.etag or "").strip('"'))
 
@@ -219,7 +226,7 @@ class Store:
         """
         try:
             self._client.fput_object(self.bucket, self._key(name), str(path), part_size=PART_SIZE)
-        except (S3Error, urllib3.exceptions.HTTPError) as error:
+        except _FAILURES as error:
             raise self._failed("upload", name, error) from None
         info = self.stat(name)
         if info is None or info.size != path.stat().st_size or not self._same_content(info, path):
@@ -234,7 +241,7 @@ class Store:
         """
         try:
             self._client.fget_object(self.bucket, self._key(name), str(path))
-        except (S3Error, urllib3.exceptions.HTTPError) as error:
+        except _FAILURES as error:
             raise self._failed("download", name, error) from None
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
@@ -243,14 +250,14 @@ class Store:
         try:
             for item in self._client.list_objects(self.bucket, self._key(prefix), recursive=True):
                 yield ObjectInfo(str(item.object_name)[base:], item.size or 0, (item.etag or "").strip('"'))
-        except (S3Error, urllib3.exceptions.HTTPError) as error:
+        except _FAILURES as error:
             raise self._failed("list", prefix, error) from None
 
     def delete(self, name: str) -> None:
         """Remove an object; removing what is not there is no error."""
         try:
             self._client.remove_object(self.bucket, self._key(name))
-        except (S3Error, urllib3.exceptions.HTTPError) as error:
+        except _FAILURES as error:
             raise self._failed("delete", name, error) from None
 
     def _key(self, name: str) -> str:
@@ -278,6 +285,8 @@ def expected_etag(path: Path) -> str:
         return parts[0].hex() if parts else hashlib.md5(b"", usedforsecurity=False).hexdigest()
     return f"{hashlib.md5(b''.join(parts), usedforsecurity=False).hexdigest()}-{len(parts)}"
 
+
+_FAILURES = (MinioException, urllib3.exceptions.HTTPError)
 
 _REASONS = {
     "InvalidAccessKeyId": "the access key is unknown; check K2_S3_ACCESS_KEY",

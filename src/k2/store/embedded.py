@@ -5,6 +5,7 @@ is killed leaves nothing behind, a second run joins the live server, and Ctrl-C 
 State is in `<home>/server/`: generated credentials, ports and lists of users, readable by the owner only.
 """
 
+import ctypes
 import fcntl
 import json
 import os
@@ -78,16 +79,18 @@ def embedded_server(home: Path) -> Iterator[Server]:
 
 def _join_or_start(folder: Path) -> Server:
     deadline = time.monotonic() + START_TIMEOUT_S
-    supervisor: subprocess.Popen[bytes] | None = None
+    _require_space(folder)
+    supervisor: int | None = None
     while time.monotonic() < deadline:
         server = _read(folder)
         if server is not None:
             return server
-        if supervisor is not None and supervisor.poll():
-            break
-        if supervisor is None or supervisor.poll() == 0:
-            _require_space(folder)
+        if supervisor is None:
             supervisor = _spawn_supervisor(folder)
+        ended, status = os.waitpid(supervisor, os.WNOHANG)
+        if ended and status:
+            break
+        supervisor = None if ended else supervisor
         time.sleep(0.05)
     raise StageError(f"the embedded object store did not start in {START_TIMEOUT_S:.0f} s; see {folder / 'server.log'}")
 
@@ -110,10 +113,12 @@ def _read(folder: Path) -> Server | None:
     return None
 
 
-def _spawn_supervisor(folder: Path) -> subprocess.Popen[bytes]:
-    log = (folder / "server.log").open("ab")
+def _spawn_supervisor(folder: Path) -> int:
+    """Start a supervisor in a session of its own, so that a signal to this process group does not reach it."""
     command = [sys.executable, "-m", "k2.store.embedded", str(folder)]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    with (folder / "server.log").open("ab") as log, open(os.devnull, "rb") as nothing:
+        actions = [(os.POSIX_SPAWN_DUP2, file.fileno(), number) for number, file in enumerate((nothing, log, log))]
+        return os.posix_spawn(sys.executable, command, os.environ, file_actions=actions, setsid=True)
 
 
 def _is_locked(path: Path) -> bool:
@@ -228,7 +233,9 @@ def supervise(folder: Path) -> None:
         ports = dict(zip(PORT_FLAGS, free_ports(len(PORT_FLAGS)), strict=True))
         server = Server(f"http://127.0.0.1:{ports['s3.port']}", access, secret, os.getpid())
         environment = os.environ | {"GOMEMLIMIT": "300MiB"}
-        process = subprocess.Popen(_command(folder, ports), stdin=subprocess.DEVNULL, env=environment)
+        process = subprocess.Popen(
+            _command(folder, ports), stdin=subprocess.DEVNULL, env=environment, preexec_fn=_end_with_supervisor
+        )
         try:
             _wait_ready(process, server)
             _write_private(folder / "server.json", json.dumps(asdict(server)))
@@ -236,6 +243,12 @@ def supervise(folder: Path) -> None:
         finally:
             (folder / "server.json").unlink(missing_ok=True)
             _stop(process)
+
+
+def _end_with_supervisor() -> None:
+    """On Linux the server is killed when its supervisor is; elsewhere a killed supervisor leaves it running."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _watch(folder: Path, process: subprocess.Popen[bytes]) -> None:

@@ -1,0 +1,1 @@
+"""Thin KFP components: each calls one stage of k2."""

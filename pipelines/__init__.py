@@ -1,0 +1,1 @@
+"""The DAGs. Importing one builds it; nothing here computes."""

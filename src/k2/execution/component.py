@@ -1,0 +1,106 @@
+"""What the KFP components call: from component arguments to a stage and back."""
+
+import json
+import math
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from k2.config.base import Section
+from k2.config.load import load_config, parse_document, validate
+from k2.config.report import ReportConfig
+from k2.errors import StageError, UserError
+from k2.execution.process import die_with_parent
+from k2.execution.runner import Outcome, execute
+from k2.monitoring.events import progress_for
+from k2.monitoring.run_record import write_stage_record
+from k2.store.artifacts import Artifact, Manifest
+from k2.store.client import Store
+
+
+def resolve_config(preset: str, overrides: str, run: str) -> str:
+    """The validated configuration as one JSON string; ends the process with code 2 when it is not valid."""
+    die_with_parent()
+    try:
+        config = load_config(preset, parse_document(overrides, "overrides") | {"run": run})
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    return config.model_dump_json()
+
+
+def run_component(stage: str, config_json: str, artifact: Any, metrics: Any, **inputs: Any) -> None:
+    """Run one stage for KFP: inputs are small manifest files, and so is the output.
+
+    Raises:
+        SystemExit: 2 for a user error, 1 for any other; the error is in the run's record.
+    """
+    config = validate(json.loads(config_json))
+    opened = {name: Path(each.path).read_text() for name, each in inputs.items()}
+    outcome = recorded(stage, getattr(config, stage), opened, config.run)
+    Path(artifact.path).write_text(outcome.artifact.manifest.model_dump_json(indent=1))
+    artifact.metadata |= {"s3_uri": outcome.artifact.uri, "digest": outcome.artifact.digest, "cached": outcome.cached}
+    log_metrics(metrics, outcome.metrics)
+
+
+def run_report(preset: str, run: str, state: str, page: Any, metrics: Any) -> None:
+    """Write the report of a run; `state` is KFP's final state of the handled tasks."""
+    config = ReportConfig(run=run, preset=preset, status="done" if state == "SUCCEEDED" else "failed")
+    outcome = recorded("report", config, {}, run)
+    Path(page.path).write_bytes(outcome.artifact.path("report.html").read_bytes())
+    log_metrics(metrics, outcome.metrics)
+
+
+def recorded(stage: str, config: Section, manifests: Mapping[str, str], run: str) -> Outcome:
+    """Execute a stage and keep its state in the run's record, whatever happens."""
+    die_with_parent()
+    store = Store.from_environment()
+    progress = progress_for(stage)
+    progress.event("stage_started")
+    write_stage_record(store, run, {"stage": stage, "status": "running"})
+    try:
+        inputs = {name: Artifact(store, Manifest.model_validate_json(text)) for name, text in manifests.items()}
+        outcome = execute(stage, config, inputs, store, progress)
+    except BaseException as error:
+        write_stage_record(store, run, {"stage": stage, "status": "failed", "error": describe(error)})
+        progress.event("stage_finished", status="failed", error=describe(error)["message"])
+        _leave(error)
+    record = {
+        "stage": stage,
+        "status": "done",
+        "wall_s": round(outcome.wall_s, 3),
+        "cached": outcome.cached,
+        "artifact": outcome.artifact.uri,
+        "metrics": outcome.metrics,
+    }
+    write_stage_record(store, run, record)
+    progress.event("stage_finished", status="done", cached=outcome.cached, metrics=outcome.metrics)
+    return outcome
+
+
+def describe(error: BaseException) -> dict[str, Any]:
+    """An error as the run's record keeps it: message, kind, exit code."""
+    known = isinstance(error, (UserError, StageError))
+    message = str(error) if known else f"{type(error).__name__}: {error}"
+    return {"message": message, "type": type(error).__name__, "exit_code": 2 if isinstance(error, UserError) else 1}
+
+
+def _leave(error: BaseException) -> None:
+    """End the process: one line for expected errors, a traceback for a defect."""
+    if isinstance(error, (UserError, StageError)):
+        print(f"error: {error}", file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    sys.stderr.flush()
+    raise SystemExit(describe(error)["exit_code"])
+
+
+def log_metrics(output: Any, metrics: Mapping[str, Any]) -> None:
+    """Log scalars to a KFP Metrics artifact; KFP cannot store NaN or infinity, so those become text."""
+    for name, value in metrics.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            output.metadata[name] = str(value)
+        elif isinstance(value, (int, float)):
+            output.log_metric(name, value)

@@ -1,0 +1,167 @@
+"""`k2 run`: the whole DAG on this machine, by kfp's local subprocess runner in a child process.
+
+The parent shows progress, and cleans up whatever way the run ends. The child runs kfp; each step is a process of its
+own. Steps leave their state in the run's record in the object store, which the parent reads at the end.
+"""
+
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from k2.config.k2 import K2Config
+from k2.config.report import ReportConfig
+from k2.errors import StageError
+from k2.execution.component import recorded
+from k2.execution.process import PARENT_VARIABLE
+from k2.execution.registry import STAGES
+from k2.monitoring.events import EventLog
+from k2.monitoring.run_record import read_run, summary
+from k2.monitoring.terminal import watch
+from k2.store.client import Store
+from k2.store.embedded import embedded_server
+
+STOP_S = 10.0
+"""Seconds a stopped run has before it is killed. Nothing depends on them: published steps are safe."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: its summary and the code its process exits with."""
+
+    summary: Mapping[str, Any]
+    folder: Path
+    exit_code: int
+
+
+def k2_home() -> Path:
+    """Where this machine keeps the embedded store, caches and locks: `$K2_HOME`, by default `.k2`."""
+    return Path(os.environ.get("K2_HOME", ".k2")).absolute()
+
+
+@contextmanager
+def object_store() -> Iterator[Store]:
+    """The configured object store, or the embedded one when none is configured.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    configured = bool(os.environ.get("K2_S3_ENDPOINT"))
+    server: AbstractContextManager[Any] = nullcontext() if configured else embedded_server(k2_home())
+    with server as embedded:
+        if embedded is not None:
+            os.environ.update(embedded.environment())
+        try:
+            store = Store.from_environment()
+            store.check()
+            yield store
+        finally:
+            if embedded is not None:
+                for name in embedded.environment():
+                    os.environ.pop(name, None)
+
+
+def run_pipeline(config: K2Config, overrides: Mapping[str, Any], runs: Path, stream: TextIO) -> RunResult:
+    """Run the DAG and leave `summary.json`, `events.jsonl`, `report.html` and `kfp.log` in `runs/<run>/`.
+
+    Raises:
+        UserError: the object store cannot be used.
+    """
+    run = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    folder = runs.absolute() / run
+    folder.mkdir(parents=True)
+    EventLog(folder / "events.jsonl").append("run", "run_started", run=run, preset=config.preset)
+    started = time.monotonic()
+    with object_store() as store:
+        parameters = {"preset": config.preset, "overrides": json.dumps(overrides), "run": run}
+        status = _run_child(parameters, folder, stream)
+        if status != "done":
+            _report(store, config.preset, run, status)
+        return _finish(store, config.preset, run, status, time.monotonic() - started, folder)
+
+
+def _run_child(parameters: Mapping[str, str], folder: Path, stream: TextIO) -> str:
+    """Run kfp in a child and watch it; returns done, failed or interrupted."""
+    with (folder / "kfp.log").open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "k2.execution.kfp_local", str(k2_home() / "kfp" / parameters["run"])],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=_child_environment(folder),
+            start_new_session=True,
+        )
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(parameters).encode())
+        child.stdin.close()
+        try:
+            with _interrupt_on_sigterm():
+                watch(folder / "events.jsonl", list(STAGES), lambda: child.poll() is not None, stream)
+        except KeyboardInterrupt:
+            _stop(child)
+            return "interrupted"
+        return "done" if child.wait() == 0 else "failed"
+
+
+def _child_environment(folder: Path) -> dict[str, str]:
+    source = Path(__file__).parents[2]
+    paths = [str(source), str(source.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return os.environ | {
+        "K2_EVENTS": str(folder / "events.jsonl"),
+        "K2_HOME": str(k2_home()),
+        PARENT_VARIABLE: "1",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+@contextmanager
+def _interrupt_on_sigterm() -> Iterator[None]:
+    """Treat SIGTERM like Ctrl-C while a child runs."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    os.killpg(child.pid, signal.SIGTERM)
+    try:
+        child.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _report(store: Store, preset: str, run: str, status: str) -> None:
+    """Write the report of a run whose exit handler may not have run."""
+    recorded("report", ReportConfig(run=run, preset=preset, status=status), {}, run)
+
+
+def _finish(store: Store, preset: str, run: str, status: str, wall_s: float, folder: Path) -> RunResult:
+    records = read_run(store, run)
+    result = summary(run, preset, status, round(wall_s, 3), records)
+    body = json.dumps(result, indent=1, sort_keys=True).encode()
+    (folder / "summary.json").write_bytes(body)
+    store.put(f"runs/{run}/summary.json", body)
+    page = store.get(f"runs/{run}/report.html")
+    if page is None:
+        raise StageError(f"run {run} left no report; see {folder / 'kfp.log'}")
+    (folder / "report.html").write_bytes(page)
+    failed = [record["error"] for record in records if record["status"] == "failed"]
+    codes = {"done": 0, "interrupted": 130}
+    return RunResult(result, folder, codes.get(status, failed[0]["exit_code"] if failed else 1))
