@@ -28,8 +28,6 @@ SPECIAL_OFFSETS = {
     "[UNK]": -2,
     "[PAD]": -1,
 }
-MIN_SPECIAL_SLOTS = 20
-BYTE_TOKENS = 256
 
 _UPPER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]"
 _LOWER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]"

@@ -1,0 +1,80 @@
+"""Near-duplicate clusters by datatrove's MinHash, over normalised documents on local disk."""
+
+import contextlib
+import io
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
+from datatrove.pipeline.dedup.minhash import MinhashConfig
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.writers import JsonlWriter
+from datatrove.utils.hashing import HashConfig
+from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+from loguru import logger
+
+from k2.config.ingest import MinHashConfig
+from k2.data.cleaning import normalize_documents
+
+
+class SpaceSeparatedWords(WhitespaceTokenizer):  # type: ignore[misc]  # datatrove has no types
+    """Words as the published filters count them: what whitespace separates. Needs no language model."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        """The words of a text."""
+        return text.split()
+
+
+WORDS = SpaceSeparatedWords()
+
+
+def normalize_and_cluster(
+    raw: Path, scratch: Path, config: MinHashConfig, seed: int, workers: int
+) -> list[tuple[Path, dict[int, int]]]:
+    """Normalise the shards in `raw` and find near-duplicates among all of them.
+
+    Returns, per shard, the normalised JSON-lines file and the cluster number of each document in it that
+    has near-duplicates anywhere.
+    """
+    shards = len(list(raw.iterdir()))
+    minhash = MinhashConfig(
+        n_grams=config.ngram,
+        num_buckets=config.buckets,
+        hashes_per_bucket=config.hashes_per_bucket,
+        seed=seed,
+        hash_config=HashConfig(hash_fc="sha1"),
+    )
+    clean, signatures, pairs, clusters = (str(scratch / name) for name in ("clean", "signatures", "pairs", "clusters"))
+    read_and_sign = [
+        JsonlReader(str(raw), adapter=_adapt),
+        normalize_documents,
+        JsonlWriter(clean, output_filename="${rank}.jsonl", compression=None),
+        MinhashDedupSignature(signatures, minhash, language=WORDS),
+    ]
+    _execute(read_and_sign, scratch / "logs-sign", tasks=shards, workers=min(workers, shards))
+    _execute([MinhashDedupBuckets(signatures, pairs, config=minhash)], scratch / "logs-pairs", config.buckets, 1)
+    _execute([MinhashDedupCluster(pairs, clusters, minhash, save_cluster_id=True)], scratch / "logs-cluster", 1, 1)
+    return [
+        (scratch / "clean" / f"{rank:05d}.jsonl", dict(_cluster_pairs(scratch / "clusters" / f"{rank:06d}.clusters")))
+        for rank in range(shards)
+    ]
+
+
+def _adapt(reader: JsonlReader, row: dict[str, Any], path: str, number: int) -> dict[str, Any]:
+    """A snapshot row as datatrove wants it; source and meta travel as metadata."""
+    return {"id": row["id"], "text": row["text"], "metadata": {"source": row["source"], **row["meta"]}}
+
+
+def _execute(pipeline: Sequence[Callable[..., Any]], logs: Path, tasks: int, workers: int) -> None:
+    """Run steps with datatrove's local executor; its logs go to the scratch folder and nowhere else."""
+    logger.disable("datatrove")
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        LocalPipelineExecutor(list(pipeline), tasks=tasks, workers=workers, logging_dir=str(logs)).run()
+
+
+def _cluster_pairs(path: Path) -> Iterator[tuple[int, int]]:
+    if path.exists():
+        yield from struct.iter_unpack("<2I", path.read_bytes())
