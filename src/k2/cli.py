@@ -47,3 +47,7 @@ def main() -> None:
 for group in (run, stages, config, pipeline, inspect, model):
     for command in group.COMMANDS:
         main.add_command(command)
+
+
+if __name__ == "__main__":
+    main()

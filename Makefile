@@ -1,0 +1,52 @@
+# Every target does its own set-up: `make run` and `make test` work from a fresh clone.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# A pip index with the small CPU build of torch, for those who want it: make run TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help setup run nano test lint format compile bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## make the environment
+
+$(READY): requirements.lock requirements-nodeps.lock pyproject.toml
+	@echo "setting up $(VENV) (about two minutes)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.lock
+	$(PIP) --no-deps -r requirements-nodeps.lock
+	$(PIP) --no-deps --editable .
+	touch $@
+
+run: $(READY) ## the whole recipe on this machine
+	$(BIN)/k2 run
+
+nano: $(READY) ## the whole recipe in under a minute
+	$(BIN)/k2 run --preset nano
+
+test: lint ## lint and all tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## put the code into its canonical form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+compile: $(READY) ## render the pipelines for Kubeflow into pipelines/compiled
+	$(BIN)/k2 pipeline compile pipelines/compiled/k2.yaml
+
+bench: $(READY) ## all benchmarks
+	for topic in $$($(BIN)/k2 bench); do $(BIN)/k2 bench $$topic; done
+
+clean: ## remove the environment, the embedded store and the runs
+	rm -rf $(VENV) .k2 runs
