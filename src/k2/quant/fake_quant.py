@@ -1,0 +1,52 @@
+"""Quantisation-aware training: the forward pass sees the weights that INT4 export will store.
+
+Letters in shapes: E experts, O rows (output), I columns (input).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from k2.config.model import ModelConfig
+from k2.errors import UserError
+from k2.model.moe import WeightTransform
+from k2.quant.int4 import dequantize, quantize
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """weight -> dequantize(quantize(weight)); the gradient passes straight through (arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, group_size: int) -> Tensor:
+        return dequantize(*quantize(weight, group_size)).to(weight.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def fake_quantize(group_size: int) -> WeightTransform:
+    """The transform of stacked routed experts [E, O, I] for `Transformer.set_weight_transform`.
+
+    Its output equals, bit for bit, the dequantised weight that an export of the same parameter stores.
+    """
+
+    def transform(weight: Tensor) -> Tensor:
+        result: Tensor = _FakeQuantize.apply(weight, group_size)  # type: ignore[no-untyped-call]
+        return result
+
+    return transform
+
+
+def check_group_size(config: ModelConfig, group_size: int) -> None:
+    """Raises UserError when the experts' input widths are not whole numbers of groups."""
+    for name in ("hidden_size", "moe_intermediate_size"):
+        width = getattr(config, name)
+        if width % group_size:
+            raise UserError(
+                f"quantize.group_size: {group_size} does not divide the model's {name} ({width});"
+                f" choose a divisor that is a multiple of 8, or make {name} a multiple of {group_size}"
+            )
