@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from k2.model.layers import upcast
 
-CHUNK_VALUES = 2**22  # logits computed at once, so 16 MiB in float32
+CHUNK_VALUES = 2**20  # logits computed at once: 4 MiB in float32 stay in cache; larger blocks page-fault
 KEPT_VALUES = 2**26  # logits kept in compute precision for the backward pass; beyond, they are computed again
 
 

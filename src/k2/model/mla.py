@@ -118,12 +118,17 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_BLD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Attention output [B, L, D] and each head's largest logit [H]."""
+        return self.attend(x_BLD, *self.latents(x_BLD, context.cos_BLR, context.sin_BLR), context)
+
+    def attend(
+        self, x_BLD: Tensor, latent_BLK: Tensor, k_rotary_BLR: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` for latents that the caller has already computed, and perhaps kept."""
         heads, nope, value = self.config.num_attention_heads, self.config.qk_nope_head_dim, self.config.v_head_dim
         q_content, q_rotary = self.queries(x_BLD, context.cos_BLR, context.sin_BLR)
-        latent, k_rotary = self.latents(x_BLD, context.cos_BLR, context.sin_BLR)
-        kv = self.kv_b_proj(latent).unflatten(-1, (heads, nope + value)).transpose(1, 2)
+        kv = self.kv_b_proj(latent_BLK).unflatten(-1, (heads, nope + value)).transpose(1, 2)
         k_content, v = kv.split([nope, value], dim=-1)
         q = torch.cat([q_content.transpose(1, 2), q_rotary.transpose(1, 2)], dim=-1)
-        k = torch.cat([k_content, k_rotary[:, None].expand(-1, heads, -1, -1)], dim=-1)
+        k = torch.cat([k_content, k_rotary_BLR[:, None].expand(-1, heads, -1, -1)], dim=-1)
         output, max_H = attend(q, k, v, self.scale, context)
         return self.o_proj(output.transpose(1, 2).flatten(2)), max_H

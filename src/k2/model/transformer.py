@@ -47,12 +47,16 @@ class DecoderLayer(nn.Module):
     def forward(self, x_BLD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Routing | None]:
         """New residual stream, largest logit per head [H], and the routing of an MoE layer."""
         attended, max_H = self.self_attn(self.input_layernorm(x_BLD), context)
-        x_BLD = x_BLD + attended
+        x_BLD, routing = self.feed_forward(x_BLD + attended)
+        return x_BLD, max_H, routing
+
+    def feed_forward(self, x_BLD: Tensor) -> tuple[Tensor, Routing | None]:
+        """The second half: residual stream after attention to residual stream after the MLP."""
         normed = self.post_attention_layernorm(x_BLD)
         if isinstance(self.mlp, GatedMLP):
-            return x_BLD + self.mlp(normed), max_H, None
+            return x_BLD + self.mlp(normed), None
         mixed, routing = self.mlp(normed)
-        return x_BLD + mixed, max_H, routing
+        return x_BLD + mixed, routing
 
 
 class Transformer(nn.Module):
@@ -102,7 +106,7 @@ class Transformer(nn.Module):
         `documents_BL` numbers the documents of packed rows, which do not see each other; `keep_BL` is False on
         padding. Padding is excluded from attention and from its statistics, not from expert counts.
         """
-        x_BLD = inputs if self.embed_tokens is None else self._embed(inputs)
+        x_BLD = inputs if self.embed_tokens is None else self.embed(inputs)
         context = attention_context(self.config, x_BLD[..., 0], self.compute_dtype, positions_BL, documents_BL, keep_BL)
         maxima, routings = [], []
         for layer in self.layers.values():
@@ -112,7 +116,8 @@ class Transformer(nn.Module):
         statistics = self._statistics(maxima, routings, x_BLD.shape[0] if with_balance_loss else None)
         return (x_BLD if self.norm is None else self.norm(x_BLD)), statistics
 
-    def _embed(self, tokens_BL: Tensor) -> Tensor:
+    def embed(self, tokens_BL: Tensor) -> Tensor:
+        """Tokens [B, L] to the residual stream [B, L, D]."""
         assert self.embed_tokens is not None
         return F.embedding(tokens_BL, self.embed_tokens.weight).to(self.compute_dtype)
 

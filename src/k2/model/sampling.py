@@ -1,0 +1,124 @@
+"""Choosing the next token: temperature, top-k, top-p, and random numbers that belong to the sample.
+
+Letters in shapes: B batch rows, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from k2.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How one request is sampled.
+
+    max_tokens: most tokens to generate, the stop token included.
+    temperature: 0 takes the most likely token.
+    top_p: keep the smallest set of tokens that reaches this probability; 1 keeps all.
+    top_k: keep this many most likely tokens; 0 keeps all.
+    seed: with the prompt and the sample's number, names the random stream.
+    stop_ids: tokens that end the sample, besides the engine's.
+    stop_sequences: token sequences that end the sample.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a value outside its range."""
+        if self.max_tokens < 1:
+            raise UserError(f"sampling.max_tokens is {self.max_tokens}, allowed are 1 and more")
+        if not self.temperature >= 0:
+            raise UserError(f"sampling.temperature is {self.temperature}, allowed are 0 and more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"sampling.top_p is {self.top_p}, allowed is 0 < top_p <= 1")
+        if self.top_k < 0:
+            raise UserError(f"sampling.top_k is {self.top_k}, allowed are 0 (off) and more")
+
+
+def stream_key(seed: int, prompt: Sequence[int], sample: int) -> int:
+    """64-bit name of a sample's random stream; it depends on nothing else in the batch."""
+    content = f"{seed}/{sample}/".encode() + np.asarray(prompt, dtype=np.int64).tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def uniforms(keys: NDArray[np.uint64], steps: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1): number `steps[i]` of stream `keys[i]` (SplitMix64, Steele et al. 2014)."""
+    state = keys + (steps + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    state ^= state >> np.uint64(31)
+    result: NDArray[np.float64] = (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return result
+
+
+@dataclass(frozen=True)
+class RowSampling:
+    """Sampling parameters of the rows of a batch, as columns [B, 1]; `restricted` when any row uses top-k or top-p."""
+
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    greedy: Tensor
+    restricted: bool
+    all_greedy: bool
+
+    @classmethod
+    def of(cls, configs: Sequence[SamplingConfig], device: torch.device) -> "RowSampling":
+        """Collect the parameters of one configuration per row."""
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+        greedy = column([float(c.temperature == 0) for c in configs]).bool()
+        return cls(
+            temperature=column([c.temperature or 1.0 for c in configs]),
+            top_p=column([c.top_p for c in configs]),
+            top_k=column([c.top_k or 2**24 for c in configs]),
+            greedy=greedy,
+            restricted=any(c.temperature and (c.top_k or c.top_p < 1) for c in configs),
+            all_greedy=all(c.temperature == 0 for c in configs),
+        )
+
+
+def choose(logits_BV: Tensor, rows: RowSampling, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Next token of each row, its log-probability as sampled, and its log-probability at temperature 1.
+
+    A greedy row's choice is certain, so its first log-probability is 0. `logits_BV` is at least float32.
+    """
+    policy_BV = logits_BV.log_softmax(-1)
+    best_B1 = logits_BV.argmax(-1, keepdim=True)
+    if rows.all_greedy:
+        return best_B1[:, 0], torch.zeros_like(policy_BV[:, 0]), policy_BV.gather(1, best_B1)[:, 0]
+    scaled_BV = logits_BV / rows.temperature
+    if rows.restricted:
+        scaled_BV = _restrict(scaled_BV, rows)
+    sampled_BV = scaled_BV.log_softmax(-1)
+    cdf_BV = sampled_BV.exp().cumsum(-1, dtype=torch.float64)
+    drawn_B1 = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
+    token_B1 = torch.where(rows.greedy, best_B1, drawn_B1)
+    sampled_B1 = sampled_BV.gather(1, token_B1).masked_fill(rows.greedy, 0.0)
+    return token_B1[:, 0], sampled_B1[:, 0], policy_BV.gather(1, token_B1)[:, 0]
+
+
+def _restrict(scaled_BV: Tensor, rows: RowSampling) -> Tensor:
+    """Set logits outside top-k, then outside top-p of what is left, to -inf; the best token always stays."""
+    ordered, order = scaled_BV.sort(stable=True, dim=-1, descending=True)
+    rank = torch.arange(ordered.shape[-1], device=ordered.device)
+    ordered = ordered.masked_fill(rank >= rows.top_k, -torch.inf)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    outside = (before >= rows.top_p) & (rank > 0) & (rows.top_p < 1)
+    return torch.empty_like(scaled_BV).scatter_(1, order, ordered.masked_fill(outside, -torch.inf))
