@@ -1,5 +1,6 @@
 """What the KFP components call: from component arguments to a stage and back."""
 
+import errno
 import json
 import math
 import sys
@@ -82,15 +83,21 @@ def recorded(stage: str, config: Section, manifests: Mapping[str, str], run: str
 
 def describe(error: BaseException) -> dict[str, Any]:
     """An error as the run's record keeps it: message, kind, exit code."""
-    known = isinstance(error, (UserError, StageError))
-    message = str(error) if known else f"{type(error).__name__}: {error}"
+    message = str(error) if expected(error) else f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        message = f"no space left on disk{f' for {error.filename}' if error.filename else ''}; free some and run again"
     return {"message": message, "type": type(error).__name__, "exit_code": 2 if isinstance(error, UserError) else 1}
+
+
+def expected(error: BaseException) -> bool:
+    """Whether an error is about the user's input or the surroundings rather than a defect of k2."""
+    return isinstance(error, (UserError, StageError)) or (isinstance(error, OSError) and error.errno == errno.ENOSPC)
 
 
 def _leave(error: BaseException) -> None:
     """End the process: one line for expected errors, a traceback for a defect."""
-    if isinstance(error, (UserError, StageError)):
-        print(f"error: {error}", file=sys.stderr)
+    if expected(error):
+        print(f"error: {describe(error)['message']}", file=sys.stderr)
     else:
         traceback.print_exception(error)
     sys.stderr.flush()

@@ -36,7 +36,7 @@ _SPECS = (
         "corpus",
         "Snapshot the corpus",
         packages=("sympy", "scipy", "numpy", "networkx"),
-        external="data.sources",
+        external="data.snapshot",
     ),
     StageSpec(
         "ingest", "Normalise, deduplicate, filter, classify", {"corpus": "corpus"}, ("datatrove", "scikit-learn")

@@ -1,0 +1,78 @@
+"""One finished `nano` run that the end-to-end tests share."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CLEARED = ("K2_S3_ENDPOINT", "K2_S3_ACCESS_KEY", "K2_S3_SECRET_KEY", "K2_S3_BUCKET", "K2_S3_PREFIX")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A `k2` command that ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """What it printed with `--json`."""
+        return json.loads(self.out)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A folder in which `k2` is used as a user would: its own embedded store, its own runs."""
+
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """A user's environment, without what other tests set."""
+        kept = {name: value for name, value in os.environ.items() if name not in CLEARED}
+        return kept | {"K2_HOME": str(self.folder / ".k2"), "OMP_NUM_THREADS": "1"}
+
+    def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
+        """Start `k2` and return at once."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "k2.cli", *arguments],
+            cwd=self.folder,
+            env=self.environment | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def k2(self, *arguments: str, **variables: str) -> Finished:
+        """Run `k2` to its end."""
+        process = self.start(*arguments, **variables)
+        out, err = process.communicate()
+        return Finished(process.returncode, out, err)
+
+    def digests(self) -> dict[str, str]:
+        """Content digest of what each stage of the latest run made."""
+        latest = max((self.folder / "runs").glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+        stages = json.loads(latest.read_text())["stages"]
+        lines = {name: self.k2("lineage", stage["artifact"], "--json").json for name, stage in stages.items()}
+        return {name: tree["digest"] for name, tree in lines.items()}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """An empty folder."""
+    return Site(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def nano(tmp_path_factory: pytest.TempPathFactory) -> tuple[Site, Finished]:
+    """A site on which `k2 run --preset nano --json` was run once."""
+    site = Site(tmp_path_factory.mktemp("nano"))
+    return site, site.k2("run", "--preset", "nano", "--json")
