@@ -1,16 +1,20 @@
 """The record of a run, on a real store."""
 
+from typing import Any
+
 import pytest
 
 from k2.execution.registry import STAGES
 from k2.monitoring import run_record
-from k2.monitoring.run_record import StageRecord, elapsed, read_run, summary, write_stage_record
+from k2.monitoring.run_record import elapsed, read_run, summary, write_stage_record
 from k2.store.client import Store
 
+ERROR = {"message": "out of memory"}
 
-def record(stage: str, **changes: object) -> StageRecord:
-    values = {"stage": stage, "status": "done", "wall_s": 2.5, "cached": False, "artifact": f"s3://b/p/{stage}/k"}
-    return {**values, "metrics": {"tokens": 7}, "error": None, **changes}  # type: ignore[typeddict-item,return-value]
+
+def record(stage: str, **changes: Any) -> dict[str, Any]:
+    known = {"status": "done", "wall_s": 2.5, "cached": False, "artifact": f"s3://b/p/{stage}/k"}
+    return {"stage": stage, **known, "metrics": {"tokens": 7}, "error": None, **changes}
 
 
 def test_records_come_back_in_the_order_of_the_dag_and_the_last_write_of_a_stage_wins(store: Store) -> None:
@@ -25,7 +29,7 @@ def test_records_come_back_in_the_order_of_the_dag_and_the_last_write_of_a_stage
 
 
 def test_summary_has_the_documented_shape() -> None:
-    made = summary("r1", "tiny", "failed", 12.34567, [record("corpus"), record("rl", status="failed", updated=5.0)])
+    made = summary("r1", "tiny", "failed", 12.34567, [record("corpus"), record("rl", status="failed", error=ERROR)])
     assert {k: made[k] for k in ("run", "preset", "status", "wall_s")} == {
         "run": "r1",
         "preset": "tiny",
@@ -33,16 +37,21 @@ def test_summary_has_the_documented_shape() -> None:
         "wall_s": 12.346,
     }
     assert list(made["stages"]) == ["corpus", "rl"]
-    assert set(made["stages"]["rl"]) == {"status", "wall_s", "cached", "artifact", "metrics"}
-    assert made["stages"]["rl"]["status"] == "failed"
+    assert set(made["stages"]["corpus"]) == {"status", "wall_s", "cached", "artifact", "metrics"}
+    assert made["stages"]["rl"]["error"] == ERROR
 
 
-def test_elapsed_spans_from_the_first_start_to_the_last_change(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([103.0, 110.0])
+def test_wall_time_counts_from_the_record_of_the_start(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([100.0, 103.0, 103.5, 110.0])
     monkeypatch.setattr(run_record.time, "time", lambda: next(times))
-    write_stage_record(store, "r2", record("corpus", wall_s=3.0))
-    write_stage_record(store, "r2", record("ingest", wall_s=6.0))
-    assert elapsed(read_run(store, "r2")) == pytest.approx(10.0)
+    write_stage_record(store, "r2", {"stage": "corpus", "status": "running"})
+    write_stage_record(store, "r2", record("corpus", wall_s=2.9))
+    write_stage_record(store, "r2", {"stage": "ingest", "status": "running"})
+    write_stage_record(store, "r2", {"stage": "ingest", "status": "failed", "error": ERROR})
+    found = read_run(store, "r2")
+    assert [r["wall_s"] for r in found] == [2.9, 6.5]
+    assert (found[1]["artifact"], found[1]["metrics"]) == (None, {})
+    assert elapsed(found) == pytest.approx(10.0)
     assert elapsed([]) == 0.0
 
 

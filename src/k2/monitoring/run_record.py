@@ -7,48 +7,35 @@ runs/<run>/summary.json            all of them, once the report was made
 import json
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any
 
 from k2.execution.registry import STAGES
 from k2.store.client import Store
 
-Status = Literal["running", "done", "failed"]
+StageRecord = Mapping[str, Any]
+"""`stage`, `status` (running, done, failed), `wall_s`, `cached`, `artifact` (URI), `metrics`, `error` (`message`,
+perhaps `remedy`), and what `write_stage_record` adds: `started` and `updated`, Unix seconds."""
 
 SUMMARY_FIELDS = ("status", "wall_s", "cached", "artifact", "metrics")
-"""What `summary.json` says about a stage."""
-
-
-class StageFailure(TypedDict):
-    """Why a stage failed: the message names the thing; the remedy says what to do, where one is known."""
-
-    message: str
-    remedy: NotRequired[str]
-
-
-class StageRecord(TypedDict):
-    """One stage of one run. `updated` (Unix seconds) is set by `write_stage_record`."""
-
-    stage: str
-    status: Status
-    wall_s: float
-    cached: bool
-    artifact: str | None
-    metrics: Mapping[str, Any]
-    error: StageFailure | None
-    updated: NotRequired[float]
+"""What `summary.json` says about a stage; a failed one also has its `error`."""
 
 
 def write_stage_record(store: Store, run: str, record: StageRecord) -> None:
-    """Store what a stage of a run is now, in place of what it was."""
-    body = json.dumps({**record, "updated": round(time.time(), 3)}, sort_keys=True)
-    store.put(f"runs/{run}/stages/{record['stage']}.json", body.encode())
+    """Store what a stage of a run is now, in place of what it was.
+
+    `record` names `stage` and `status`; without a `wall_s` it is the time since the stage was recorded as running.
+    """
+    name, now = f"runs/{run}/stages/{record['stage']}.json", round(time.time(), 3)
+    before = None if record["status"] == "running" else store.get(name)
+    started = json.loads(before)["started"] if before else now - record.get("wall_s", 0.0)
+    known = {"wall_s": round(now - started, 3), "cached": False, "artifact": None, "metrics": {}, "error": None}
+    store.put(name, json.dumps({**known, **record, "started": started, "updated": now}, sort_keys=True).encode())
 
 
-def read_run(store: Store, run: str) -> list[StageRecord]:
+def read_run(store: Store, run: str) -> list[dict[str, Any]]:
     """The records of a run in the order of the DAG; empty when no stage has started."""
     names = [info.name for info in store.list(f"runs/{run}/stages/")]
-    bodies = [body for name in names if (body := store.get(name)) is not None]
-    records: list[StageRecord] = [json.loads(body) for body in bodies]
+    records = [json.loads(body) for name in names if (body := store.get(name)) is not None]
     order = {name: position for position, name in enumerate(STAGES)}
     return sorted(records, key=lambda record: (order.get(record["stage"], len(order)), record["stage"]))
 
@@ -57,10 +44,15 @@ def elapsed(records: Sequence[StageRecord]) -> float:
     """Seconds from the first start of a stage to the last change of one."""
     if not records:
         return 0.0
-    return max(r.get("updated", 0.0) for r in records) - min(r.get("updated", 0.0) - r["wall_s"] for r in records)
+    return float(max(record["updated"] for record in records) - min(record["started"] for record in records))
 
 
 def summary(run: str, preset: str, status: str, wall_s: float, records: Sequence[StageRecord]) -> dict[str, Any]:
     """`summary.json`: the run, and for every stage its status, wall time, artifact and metrics."""
-    stages = {record["stage"]: {name: record.get(name) for name in SUMMARY_FIELDS} for record in records}
+    stages = {record["stage"]: _stage_summary(record) for record in records}
     return {"run": run, "preset": preset, "status": status, "wall_s": round(wall_s, 3), "stages": stages}
+
+
+def _stage_summary(record: StageRecord) -> dict[str, Any]:
+    error = {"error": record["error"]} if record["error"] else {}
+    return {name: record[name] for name in SUMMARY_FIELDS} | error

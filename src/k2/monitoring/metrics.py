@@ -1,0 +1,115 @@
+"""Every Prometheus metric of K2, in one registry of its own.
+
+Names start with `k2_` and end in a base unit; labels are `stage`, `run`, and `layer` where there is one value a layer.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+log = logging.getLogger(__name__)
+
+REGISTRY = CollectorRegistry()
+
+_LABELS = ("stage", "run")
+_LAYER = (*_LABELS, "layer")
+
+
+def _gauge(name: str, help_: str, labels: tuple[str, ...] = _LABELS) -> Gauge:
+    return Gauge(f"k2_{name}", help_, labels, registry=REGISTRY)
+
+
+def _counter(name: str, help_: str) -> Counter:
+    return Counter(f"k2_{name}", help_, _LABELS, registry=REGISTRY)
+
+
+STAGE_DURATION = _gauge("stage_duration_seconds", "Wall time the stage has taken so far, or took.")
+PROGRESS = _gauge("stage_progress_ratio", "Share of the stage's current phase that is finished, 0 to 1.")
+LOSS = _gauge("loss", "Training loss of the last step, in nats per token.")
+LEARNING_RATE = _gauge("learning_rate", "Learning rate of the last step.")
+TOKENS_PER_SECOND = _gauge("tokens_per_second", "Tokens trained on per second, over the last half minute.")
+ATTENTION_LOGIT = _gauge("attention_logit_max", "Largest logit that reached a softmax in the last step.", _LAYER)
+EXPERT_IMBALANCE = _gauge("expert_load_imbalance_ratio", "Busiest expert's load over the mean; 1 is balance.", _LAYER)
+REWARD = _gauge("reward", "Mean reward of the last RL step.")
+ACCURACY = _gauge("accuracy_ratio", "Share of verifiable answers that are right, as last measured, 0 to 1.")
+TOKENS = _counter("tokens", "Tokens trained on.")
+QK_CLIP = _counter("qk_clip", "Times a head was rescaled by QK-Clip.")
+REPHRASE_ACCEPTED = _counter("rephrase_accepted", "Rewritten chunks that passed the fidelity checks.")
+REPHRASE_REJECTED = _counter("rephrase_rejected", "Rewritten chunks that failed a fidelity check.")
+TRAJECTORIES_ACCEPTED = _counter("trajectories_accepted", "Trajectories the judge accepted.")
+TRAJECTORIES_REJECTED = _counter("trajectories_rejected", "Trajectories the judge rejected.")
+CACHE_HITS = _counter("cache_hits", "Stages whose artifact existed already.")
+
+_VALUE_GAUGES = {"loss": LOSS, "lr": LEARNING_RATE, "reward": REWARD, "accuracy": ACCURACY}
+_VALUE_LAYERS = {
+    "max_logit": ATTENTION_LOGIT,
+    "max_logits": ATTENTION_LOGIT,
+    "expert_load": EXPERT_IMBALANCE,
+}
+_VALUE_COUNTERS = {
+    ("rephrase", "accepted"): REPHRASE_ACCEPTED,
+    ("rephrase", "rejected"): REPHRASE_REJECTED,
+    ("synthesize", "accepted"): TRAJECTORIES_ACCEPTED,
+    ("synthesize", "rejected"): TRAJECTORIES_REJECTED,
+    ("pretrain", "tokens"): TOKENS,
+    ("sft", "tokens"): TOKENS,
+    ("rl", "tokens"): TOKENS,
+    ("quantize", "tokens"): TOKENS,
+}
+
+
+class StageMetrics:
+    """Turns what one stage reports into metrics. Values named as in the tables above count; others do not."""
+
+    def __init__(self, stage: str, run: str) -> None:
+        self._stage, self._run = stage, run
+        self._totals: dict[str, float] = {}
+
+    def progress(self, ratio: float, elapsed: float, token_rate: float | None, values: Mapping[str, Any]) -> None:
+        """Take in one progress update; `tokens`, `accepted` and `rejected` are totals so far."""
+        PROGRESS.labels(self._stage, self._run).set(ratio)
+        STAGE_DURATION.labels(self._stage, self._run).set(elapsed)
+        if token_rate is not None:
+            TOKENS_PER_SECOND.labels(self._stage, self._run).set(token_rate)
+        for name, value in values.items():
+            self._value(name, value)
+
+    def event(self, kind: str, values: Mapping[str, Any]) -> None:
+        """Take in one event: clipped heads, and the end of a stage that was cached."""
+        if kind == "qk_clip":
+            QK_CLIP.labels(self._stage, self._run).inc(values["heads"])
+        elif kind == "stage_finished" and values.get("cached"):
+            CACHE_HITS.labels(self._stage, self._run).inc()
+
+    def _value(self, name: str, value: Any) -> None:
+        if name in _VALUE_GAUGES:
+            _VALUE_GAUGES[name].labels(self._stage, self._run).set(value)
+        elif name in _VALUE_LAYERS:
+            self._layers(_VALUE_LAYERS[name], value)
+        elif counter := _VALUE_COUNTERS.get((self._stage, name)):
+            counter.labels(self._stage, self._run).inc(max(0.0, value - self._totals.get(name, 0.0)))
+            self._totals[name] = value
+
+    def _layers(self, gauge: Gauge, value: Any) -> None:
+        """One number a layer, or one number that is the maximum over all layers."""
+        rows = enumerate(value) if isinstance(value, (list, tuple)) else (("all", value),)
+        for layer, number in rows:
+            gauge.labels(self._stage, self._run, str(layer)).set(number)
+
+
+def serve_metrics(port: int, host: str = "127.0.0.1") -> None:
+    """Serve the registry over HTTP from a thread. A port that is taken is logged, and the work goes on."""
+    try:
+        start_http_server(port, addr=host, registry=REGISTRY)
+    except OSError as error:
+        log.warning("metrics are not served on %s:%d: %s", host, port, error.strerror)
+
+
+def serve_from_environment() -> None:
+    """Serve on `K2_METRICS_PORT` when it is set; `K2_METRICS_HOST` is loopback unless it says otherwise."""
+    port = os.environ.get("K2_METRICS_PORT")
+    if port:
+        serve_metrics(int(port), os.environ.get("K2_METRICS_HOST", "127.0.0.1"))

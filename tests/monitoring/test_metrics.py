@@ -1,0 +1,90 @@
+"""Names, labels and values of the Prometheus metrics, through the exposition format."""
+
+import logging
+import re
+import socket
+import urllib.request
+from collections.abc import Iterator
+
+import pytest
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from k2.monitoring.events import StageProgress
+from k2.monitoring.metrics import REGISTRY, StageMetrics, serve_from_environment
+
+BASE_UNITS = ("seconds", "ratio", "total", "loss", "learning_rate", "reward", "per_second", "max", "clip")
+
+
+def value(name: str, **labels: str) -> float | None:
+    return REGISTRY.get_sample_value(name, labels)
+
+
+class Nowhere:
+    """A sink that takes everything."""
+
+    def append(self, stage: str, kind: str, **values: object) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _own_run(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    for collector in list(REGISTRY._collector_to_names):
+        collector.clear()
+
+
+def test_names_have_the_prefix_and_a_base_unit_and_labels_are_bounded() -> None:
+    for collector, names in REGISTRY._collector_to_names.items():
+        family = names[0]
+        assert re.fullmatch(r"k2_[a-z_]+", family)
+        assert any(name.endswith(BASE_UNITS) for name in names), names
+        assert collector._labelnames in (("stage", "run"), ("stage", "run", "layer"))
+
+
+def test_progress_becomes_metrics_that_parse() -> None:
+    progress = StageProgress("pretrain", Nowhere(), run="r1", interval=0.0)
+    progress.update(1, 4, "steps", loss=9.0, lr=1e-3, tokens=512, max_logits=[3.0, 8.5], expert_load=[1.5])
+    progress.update(2, 4, "steps", loss=8.0, lr=2e-3, tokens=1024, max_logits=[4.0, 7.5], expert_load=[1.25])
+    progress.event("qk_clip", step=2, heads=3, max_logit=101.0)
+    labels = {"stage": "pretrain", "run": "r1"}
+    assert value("k2_stage_progress_ratio", **labels) == 0.5
+    assert value("k2_loss", **labels) == 8.0
+    assert value("k2_tokens_total", **labels) == 1024
+    assert value("k2_attention_logit_max", **labels, layer="1") == 7.5
+    assert value("k2_expert_load_imbalance_ratio", **labels, layer="0") == 1.25
+    assert value("k2_qk_clip_total", **labels) == 3
+    families = {family.name for family in text_string_to_metric_families(generate_latest(REGISTRY).decode())}
+    assert {"k2_loss", "k2_tokens", "k2_tokens_per_second", "k2_stage_duration_seconds"} <= families
+
+
+def test_totals_become_increments_and_a_resumed_total_counts_once() -> None:
+    metrics = StageMetrics("rephrase", "r2")
+    for accepted, rejected in ((10, 1), (12, 1), (12, 4)):
+        metrics.progress(0.5, 1.0, None, {"accepted": accepted, "rejected": rejected})
+    assert value("k2_rephrase_accepted_total", stage="rephrase", run="r2") == 12
+    assert value("k2_rephrase_rejected_total", stage="rephrase", run="r2") == 4
+    StageMetrics("synthesize", "r2").progress(1.0, 1.0, None, {"accepted": 7})
+    assert value("k2_trajectories_accepted_total", stage="synthesize", run="r2") == 7
+
+
+def test_cache_hits_count_only_when_cached() -> None:
+    for cached in (True, False):
+        StageMetrics("sft", "r3").event("stage_finished", {"status": "done", "cached": cached})
+    assert value("k2_cache_hits_total", stage="sft", run="r3") == 1
+
+
+def test_serving_on_loopback_and_a_port_that_is_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setenv("K2_METRICS_PORT", str(port))
+    serve_from_environment()
+    StageMetrics("rl", "r4").progress(0.25, 1.0, None, {"reward": 0.5})
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+        assert b'k2_reward{run="r4",stage="rl"} 0.5' in response.read()
+    assert not caplog.records
+    serve_from_environment()
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
