@@ -87,6 +87,9 @@ def test_another_protocol_is_not_compared():
     assert not decision.promote
     assert any("measured differently" in reason for reason in decision.reasons)
     assert not decide(RULE, scores(900), {}).promote
+    new_line = RULE.model_copy(update={"new_protocol": "promote"})
+    assert decide(new_line, scores(300), champion).promote
+    assert not decide(new_line, scores(300), scores(500)).promote
 
 
 def test_an_unknown_score_names_what_there_is():

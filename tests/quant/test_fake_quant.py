@@ -3,29 +3,12 @@
 import pytest
 import torch
 
-from k2.config.model import ModelConfig
 from k2.errors import UserError
 from k2.model.layout import logical_tensors
 from k2.model.transformer import Transformer
 from k2.quant.fake_quant import check_group_size, fake_quantize
 from k2.quant.int4 import dequantize, pack, quantize, unpack
-
-TINY = ModelConfig(
-    vocab_size=64,
-    hidden_size=64,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=2,
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=8,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    max_position_embeddings=64,
-)
+from tests.quant.tiny import TINY
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

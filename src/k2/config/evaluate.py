@@ -1,17 +1,30 @@
 """What is measured of the base, SFT, RL and INT4 models, side by side."""
 
+from typing import Literal
+
 from k2.config.base import StageSection, setting
 
 
 class EvaluateConfig(StageSection):
     """Held-out loss, verifiable tasks on unseen prompts, and tool calls where training never was."""
 
-    tasks: tuple[str, ...] = setting(("addition_2", "tool_call"), "verifiable tasks, on their held-out prompts")
-    items: int = setting(2000, "prompts of each task", ge=1)
-    temperature: float = setting(1.0, "temperature of the sampled accuracy, beside the greedy one", gt=0, le=10)
+    tasks: tuple[str, ...] = setting(
+        (
+            "addition_3",
+            "multiplication_2",
+            "reasoning_gym/chain_sum",
+            "reasoning_gym/gcd",
+            "reasoning_gym/letter_counting",
+            "reasoning_gym/spell_backward",
+            "tool_call",
+        ),
+        "verifiable tasks, each on the held-out side of its problems",
+        min_length=1,
+    )
+    items: int = setting(2000, "problems of each task", ge=1)
     max_tokens: int = setting(256, "longest answer in tokens", ge=1)
-    tool_items: int = setting(500, "prompts of each tool-call benchmark on held-out servers and domains", ge=1)
-    heldout_tokens: int = setting(1_000_000, "held-out tokens whose loss is measured, at most", ge=16)
-    context_length: int = setting(4096, "tokens of context for the held-out loss", ge=8)
-    samples: int = setting(4, "answers of the final model shown in the report", ge=0)
-    batch_size: int = setting(64, "sequences at once", semantic=False, ge=1)
+    tool_items: int = setting(500, "tool-call problems on held-out servers, and as many on held-out domains", ge=1)
+    heldout_tokens: int = setting(1_000_000, "held-out tokens whose perplexity is measured, at most", ge=16)
+    context_length: int = setting(4096, "tokens of context for the perplexity", ge=8)
+    samples: int = setting(4, "answers of each model to each task that the report shows", ge=0)
+    precision: Literal["bfloat16", "float32"] = setting("bfloat16", "type of activations")

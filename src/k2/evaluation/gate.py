@@ -112,9 +112,10 @@ def _primary(config: GateConfig, candidate: Scores, champion: Scores) -> Check:
     name = config.primary
     new, old = candidate[name], champion.get(name)
     if old is None or old.protocol != new.protocol:
-        return False, (
-            f"failed: the champion's {name} was {'not measured' if old is None else 'measured differently'};"
-            " evaluate it the same way, or use another gate.alias"
+        passed = config.new_protocol == "promote"
+        return passed, (
+            f"{_mark(passed)}: the champion's {name} was {'not measured' if old is None else 'measured differently'},"
+            f" and gate.new_protocol is {config.new_protocol}"
         )
     difference, low, high = improvement(new, old)
     passed = low > config.min_improvement
