@@ -58,8 +58,8 @@ def decode(ids: list[int]) -> str:
 
 def test_text_is_the_released_format() -> None:
     assert text_of(DIALOG, TOOLS) == (
-        '<|im_system|>tool_declare<|im_middle|>[{"type":"function","function":{"name":"get_weather",'
-        '"description":"é <b>","parameters":{"type":"object","properties":{}}}}]<|im_end|>'
+        '<|im_system|>tool_declare<|im_middle|>[{"function":{"description":"é <b>","name":"get_weather",'
+        '"parameters":{"properties":{},"type":"object"}},"type":"function"}]<|im_end|>'
         "<|im_system|>system<|im_middle|>Be brief.<|im_end|>"
         "<|im_user|>ann<|im_middle|>Weather?<|im_end|>"
         "<|im_assistant|>assistant<|im_middle|>Looking.<|tool_calls_section_begin|>"

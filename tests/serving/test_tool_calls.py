@@ -3,20 +3,21 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2.serving.chat_template import compact_json, render
 from k2.serving.tool_calls import loads_object, parse_assistant
 
 NAMES = st.from_regex(r"[A-Za-z_][A-Za-z0-9_\-]{0,12}", fullmatch=True)
-PLAIN = st.text().filter(lambda text: "<|" not in text)
+PLAIN = st.text(max_size=20).filter(lambda text: "<|" not in text)
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | PLAIN, lambda v: st.lists(v) | st.dictionaries(PLAIN, v)
 )
-CALLS = st.lists(st.tuples(NAMES, st.dictionaries(PLAIN, VALUES)), max_size=4)
+CALLS = st.lists(st.tuples(NAMES, st.dictionaries(PLAIN, VALUES, max_size=3)), max_size=3)
 
 
+@settings(max_examples=60)
 @given(PLAIN, CALLS)
 def test_round_trip(content: str, calls: list[tuple[str, dict[str, object]]]) -> None:
     tool_calls = [

@@ -2,7 +2,7 @@
 
 One dialog is a sequence of contiguous turns, with no separator, no [BOS] and no [EOS]:
 
-    <|im_system|>tool_declare<|im_middle|>{tools as compact JSON}<|im_end|>
+    <|im_system|>tool_declare<|im_middle|>{tools as compact JSON with sorted keys}<|im_end|>
     <|im_system|>system<|im_middle|>{system prompt}<|im_end|>
     <|im_user|>user<|im_middle|>{text}<|im_end|>
     <|im_assistant|>assistant<|im_middle|>{text}<|tool_calls_section_begin|><|tool_call_begin|>functions.{name}:{index}
@@ -63,7 +63,7 @@ class EncodedChat:
 
 
 def compact_json(value: Any) -> str:
-    """JSON without spaces, in the order given: the spelling of tool declarations and arguments."""
+    """JSON without spaces, in the order given: the spelling of arguments and results."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -89,7 +89,7 @@ def render(
     """
     segments: list[Segment] = []
     if tools:
-        segments += _turn(IM_SYSTEM, "tool_declare", compact_json(list(tools)))
+        segments += _turn(IM_SYSTEM, "tool_declare", _declaration(tools))
     if default_system and (not messages or messages[0]["role"] != "system"):
         segments += _turn(IM_SYSTEM, "system", default_system)
     ids: dict[str, str] = {}
@@ -120,6 +120,11 @@ def encode_chat(
         ids += piece
         mask += [segment.trainable] * len(piece)
     return EncodedChat(ids, mask)
+
+
+def _declaration(tools: Sequence[Tool]) -> str:
+    """Keys are sorted, so that equal tools read the same however a client or a file orders them."""
+    return json.dumps(list(tools), ensure_ascii=False, separators=(",", ":"), sort_keys=True)
 
 
 def _numbered(message: Message, start: int) -> list[tuple[str, Mapping[str, Any]]]:
@@ -175,7 +180,7 @@ _JINJA = """
 {%- endmacro -%}
 {%- set ns = namespace(index=0, ids={}) -%}
 {%- if tools -%}
-<|im_system|>tool_declare<|im_middle|>{{ tools | tojson(separators=(',', ':')) }}<|im_end|>
+<|im_system|>tool_declare<|im_middle|>{{ tools | tojson(separators=(',', ':'), sort_keys=true) }}<|im_end|>
 {%- endif -%}
 {%- set default_system = DEFAULT_SYSTEM -%}
 {%- if default_system and (not messages or messages[0]['role'] != 'system') -%}
