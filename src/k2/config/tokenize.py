@@ -8,7 +8,7 @@ from k2.config.base import StageSection, setting
 
 BYTE_TOKENS = 256
 CHAT_TEXTS = (
-    "system user assistant tool tool_declare\n",
+    "system\nuser\nassistant\ntool\ntool_declare\nfunctions\n",
     "You are Kimi, an AI assistant created by Moonshot AI.",
     "## Return of functions.search:0\n",
     "functions.get_weather:0 functions.create_order:1",

@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.hashing import HashConfig
+from datatrove.utils.text import TextNormConfig
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 from loguru import logger
 
@@ -45,13 +47,15 @@ def normalize_and_cluster(
         num_buckets=config.buckets,
         hashes_per_bucket=config.hashes_per_bucket,
         seed=seed,
+        # numbers count: two computations that differ in nothing else are two documents
+        norm_config=TextNormConfig(norm_numbers=False),
         hash_config=HashConfig(hash_fc="sha1"),
     )
     clean, signatures, pairs, clusters = (str(scratch / name) for name in ("clean", "signatures", "pairs", "clusters"))
     read_and_sign = [
         JsonlReader(str(raw), adapter=_adapt),
         normalize_documents,
-        JsonlWriter(clean, output_filename="${rank}.jsonl", compression=None),
+        JsonlWriter(clean, output_filename="${rank}.jsonl", compression=None, adapter=_flatten),
         MinhashDedupSignature(signatures, minhash, language=WORDS),
     ]
     _execute(read_and_sign, scratch / "logs-sign", tasks=shards, workers=min(workers, shards))
@@ -66,6 +70,11 @@ def normalize_and_cluster(
 def _adapt(reader: JsonlReader, row: dict[str, Any], path: str, number: int) -> dict[str, Any]:
     """A snapshot row as datatrove wants it; source and meta travel as metadata."""
     return {"id": row["id"], "text": row["text"], "metadata": {"source": row["source"], **row["meta"]}}
+
+
+def _flatten(writer: JsonlWriter, document: Document) -> dict[str, Any]:
+    """datatrove's own form leaves out what is empty, an empty text too."""
+    return {"id": document.id, "text": document.text, "source": document.metadata["source"]}
 
 
 def _execute(pipeline: Sequence[Callable[..., Any]], logs: Path, tasks: int, workers: int) -> None:

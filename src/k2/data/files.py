@@ -14,7 +14,6 @@ from typing import IO, Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
-import zstandard
 
 from k2.data.documents import Document, Problem, Record
 from k2.errors import UserError
@@ -27,9 +26,10 @@ _OPENERS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda file: gzip.GzipFile(fileobj=file),
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,
-    ".zst": lambda file: io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)),
+    # zstandard's own reader ends without an error where a torn file does
+    ".zst": lambda file: io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")),
 }
-_READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError, pyarrow.ArrowException)
+_READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,17 @@ def _stored_files(url: str, store: Store) -> list[File]:
 
 
 def _local_files(path: str) -> list[File]:
-    found = {}
-    for root in sorted(glob.glob(path, recursive=True)) or [path]:
-        base = Path(root)
-        for file in sorted(base.rglob("*")) if base.is_dir() else [base]:
-            if file.is_file() and not file.name.startswith("."):
-                found[file] = f"{base.name}/{file.relative_to(base).as_posix()}" if base.is_dir() else base.name
-    return [_local_file(file, name) for file, name in sorted(found.items())]
+    anchor = Path(path)
+    while glob.has_magic(str(anchor)):
+        anchor = anchor.parent
+    base = anchor.parent if str(anchor) == str(Path(path)) else anchor
+    found = {file for root in glob.glob(path, recursive=True) or [path] for file in _files_below(Path(root))}
+    return [_local_file(file, file.relative_to(base).as_posix()) for file in sorted(found)]
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    paths = root.rglob("*") if root.is_dir() else [root]
+    return (path for path in paths if path.is_file() and not path.name.startswith("."))
 
 
 def _local_file(path: Path, name: str) -> File:
@@ -120,7 +124,7 @@ def _json_lines(name: str, content: IO[bytes], source: str) -> Iterator[Record]:
             row = json.loads(line)
         except UnicodeDecodeError:
             yield Problem(where, "not UTF-8")
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             yield Problem(where, "not JSON")
         else:
             yield _document(where, row.get("text") if isinstance(row, dict) else None, source, "text")

@@ -107,7 +107,7 @@ class Ingestion:
                     self.tally.drop(row, reason)
                     continue
                 kept[domain] += 1
-                yield {"id": row["id"], "text": row["text"], "domain": domain, "source": row["metadata"]["source"]}
+                yield {**row, "domain": domain}
 
 
 def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from k2.errors import UserError
 from k2.store.client import Store
 
 LABELLED_CHARACTERS = 3000
+SEEDS = Path(__file__).with_name("domain_seeds.json")
 
 
 @dataclass
@@ -78,13 +80,14 @@ def write_shards(documents: Iterator[Document], folder: Path, shard_bytes: int) 
         write_rows(folder / f"{shard:05d}.jsonl.zst", _one_shard(first, documents, shard_bytes))
 
 
-def labelled_examples(config: CorpusConfig) -> Iterator[dict[str, Any]]:
-    """Texts of known domain from the share of the environment that never becomes a document."""
-    for source in environment.DOMAINS:
+def labelled_examples(config: CorpusConfig) -> Iterator[dict[str, str]]:
+    """Texts of known domain: short ones written for this, and the share of the environment that is set aside."""
+    seeds: dict[str, list[str]] = json.loads(SEEDS.read_text(encoding="utf-8"))
+    yield from ({"text": text, "domain": domain} for domain in sorted(seeds) for text in seeds[domain])
+    for source, domain in environment.DOMAINS.items():
         records = environment.read(source, config, labelled=True)
-        documents = (record for record in records if isinstance(record, Document))
-        for _, document in zip(range(config.labelled_per_source), documents, strict=False):
-            yield {"text": document.text[:LABELLED_CHARACTERS], "domain": environment.DOMAINS[source]}
+        texts = (record.text[:LABELLED_CHARACTERS] for record in records if isinstance(record, Document))
+        yield from ({"text": text, "domain": domain} for text in islice(texts, config.labelled_per_source))
 
 
 def require_text(config: CorpusConfig, snapshot: Snapshot) -> None:
