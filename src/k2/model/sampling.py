@@ -66,13 +66,15 @@ def uniforms(keys: NDArray[np.uint64], steps: NDArray[np.uint64]) -> NDArray[np.
 
 @dataclass(frozen=True)
 class RowSampling:
-    """Sampling parameters of the rows of a batch, as columns [B, 1]; `restricted` when any row uses top-k or top-p."""
+    """Sampling parameters of the rows of a batch, as columns [B, 1], and which steps any row needs at all."""
 
     temperature: Tensor
     top_p: Tensor
     top_k: Tensor
     greedy: Tensor
+    tempered: bool
     restricted: bool
+    any_greedy: bool
     all_greedy: bool
 
     @classmethod
@@ -89,6 +91,8 @@ class RowSampling:
             top_k=column([c.top_k or 2**24 for c in configs]),
             greedy=greedy,
             restricted=any(c.temperature and (c.top_k or c.top_p < 1) for c in configs),
+            tempered=any(c.temperature not in (0, 1) for c in configs),
+            any_greedy=any(c.temperature == 0 for c in configs),
             all_greedy=all(c.temperature == 0 for c in configs),
         )
 
@@ -98,19 +102,20 @@ def choose(logits_BV: Tensor, rows: RowSampling, uniform_B: Tensor) -> tuple[Ten
 
     A greedy row's choice is certain, so its first log-probability is 0. `logits_BV` is at least float32.
     """
-    policy_BV = logits_BV.log_softmax(-1)
-    best_B1 = logits_BV.argmax(-1, keepdim=True)
-    if rows.all_greedy:
-        return best_B1[:, 0], torch.zeros_like(policy_BV[:, 0]), policy_BV.gather(1, best_B1)[:, 0]
-    scaled_BV = logits_BV / rows.temperature
+    policy_B1 = logits_BV.logsumexp(-1, keepdim=True)
+    best_B1 = logits_BV.argmax(-1, keepdim=True) if rows.any_greedy else None
+    if rows.all_greedy and best_B1 is not None:
+        return best_B1[:, 0], torch.zeros_like(policy_B1[:, 0]), (logits_BV.gather(1, best_B1) - policy_B1)[:, 0]
+    scaled_BV = logits_BV / rows.temperature if rows.tempered else logits_BV
     if rows.restricted:
         scaled_BV = _restrict(scaled_BV, rows)
-    sampled_BV = scaled_BV.log_softmax(-1)
-    cdf_BV = sampled_BV.exp().cumsum(-1, dtype=torch.float64)
-    drawn_B1 = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
-    token_B1 = torch.where(rows.greedy, best_B1, drawn_B1)
-    sampled_B1 = sampled_BV.gather(1, token_B1).masked_fill(rows.greedy, 0.0)
-    return token_B1[:, 0], sampled_B1[:, 0], policy_BV.gather(1, token_B1)[:, 0]
+    total_B1 = scaled_BV.logsumexp(-1, keepdim=True)
+    cdf_BV = (scaled_BV - total_B1).exp_().cumsum(-1, dtype=torch.float64)
+    token_B1 = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
+    if best_B1 is not None:
+        token_B1 = torch.where(rows.greedy, best_B1, token_B1)
+    sampled_B1 = (scaled_BV.gather(1, token_B1) - total_B1).masked_fill(rows.greedy, 0.0)
+    return token_B1[:, 0], sampled_B1[:, 0], (logits_BV.gather(1, token_B1) - policy_B1)[:, 0]
 
 
 def _restrict(scaled_BV: Tensor, rows: RowSampling) -> Tensor:
