@@ -1,0 +1,152 @@
+"""Sections of the report on data: corpus, ingest, rephrasing, tokens, and the synthesised trajectories."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from k2.monitoring.blocks import (
+    Block,
+    Chat,
+    Figure,
+    Missing,
+    Pair,
+    Prose,
+    Section,
+    StageView,
+    Table,
+    counts_table,
+    facts,
+)
+from k2.monitoring.figures import bars, histogram
+from k2.monitoring.format import number, size
+
+Views = Mapping[str, StageView]
+
+EXAMPLE_CHARACTERS = 1600
+"""Longest text of an example; the rest is an ellipsis."""
+
+
+def corpus_section(views: Views) -> Section:
+    """What was collected, what was kept of it, and why the rest was not."""
+    corpus, ingest, tokens = views["corpus"], views["ingest"], views["tokenize"]
+    blocks: list[Block] = [_sources(corpus), *_kept(ingest)]
+    problems = counts_table(corpus.get("problems"), ("problem", "records"), "Records that could not be read.")
+    if problems:
+        blocks.append(problems)
+    blocks.append(_tokens(tokens))
+    return Section("corpus", "Corpus", blocks)
+
+
+def _sources(corpus: StageView) -> Block:
+    sources = corpus.get("sources")
+    if not sources:
+        return corpus.missing("the sources of the corpus")
+    rows = [[name, number(each["documents"]), size(each["bytes"])] for name, each in sorted(sources.items())]
+    return Table(("source", "documents", "text"), rows, "Where the text came from.")
+
+
+def _kept(ingest: StageView) -> list[Block]:
+    if not ingest.report:
+        return [ingest.missing("what ingest kept and dropped")]
+    kept, total, held = ingest.get("kept"), ingest.get("documents"), ingest.get("heldout")
+    blocks: list[Block] = []
+    if None not in (kept, total, held):
+        text = f"Of {number(total)} documents {number(kept)} are trained on and {number(held)} are held out."
+        accuracy = ingest.get("classifier_accuracy")
+        if accuracy is not None:
+            text += f" The domain classifier is right on {accuracy:.1%} of the labelled test documents."
+        blocks.append(Prose(text))
+    for key, caption in (("dropped", "Documents dropped, by reason."), ("domains", "Documents kept, by domain.")):
+        counts = ingest.get(key)
+        ordered = sorted((counts or {}).items(), key=lambda item: (-item[1], item[0]))
+        blocks.append(Figure(bars(caption, ordered), caption) if ordered else ingest.missing(caption))
+    return blocks
+
+
+def _tokens(tokens: StageView) -> Block:
+    names = ("vocab_size", "train_tokens", "heldout_tokens", "bytes_per_token", "heldout_bytes_per_token")
+    block = facts({name: tokens.get(name) for name in names}, "The tokenizer and what it made.")
+    return block or tokens.missing("tokens")
+
+
+def rephrase_section(views: Views, examples: int) -> Section:
+    """How many rewrites were accepted, why the others were not, and some of each to read."""
+    view = views["rephrase"]
+    blocks: list[Block] = []
+    chunks, accepted, rejected = (view.metric(name) for name in ("chunks", "accepted", "rejected"))
+    if None in (chunks, accepted, rejected):
+        blocks.append(view.missing("accepted and rejected chunks"))
+    else:
+        similarity = view.metric("mean_similarity")
+        text = f"Of {number(chunks)} chunks {number(accepted)} rewrites were accepted and {number(rejected)} rejected."
+        blocks.append(Prose(text + (f" Mean similarity {number(similarity)}." if similarity is not None else "")))
+    blocks += _reasons(view)
+    rows = view.documents.get("rewrites.jsonl") or []
+    similarities = [row["similarity"] for row in rows if isinstance(row.get("similarity"), (int, float))]
+    if similarities:
+        figure = histogram("Similarity of rewrites to their sources", similarities, x_label="cosine similarity")
+        blocks.append(Figure(figure, "Similarity of every rewrite to its source, accepted or not."))
+    shown = _rewrites(rows, good=True)[:examples] + _rewrites(rows, good=False)[:examples]
+    return Section("rephrase", "Rephrasing", [*blocks, *(shown or [view.missing("examples of rewrites")])])
+
+
+def _reasons(view: StageView) -> list[Block]:
+    reasons = view.get("rejected_by_reason") or view.get("reasons") or view.metric("rejected_by_reason")
+    table = counts_table(reasons, ("reason", "chunks"), "Why rewrites were rejected.")
+    return [table] if table else []
+
+
+def _rewrites(rows: Sequence[Mapping[str, Any]], *, good: bool) -> list[Pair]:
+    """Rows of `rewrites.jsonl` as pairs, readable ones first."""
+    chosen = [row for row in rows if _accepted(row) == good and row.get("source") and row.get("rewrite")]
+    chosen.sort(key=lambda row: (abs(len(row["source"]) - 500), str(row.get("id"))))
+    return [_pair(row, good) for row in chosen]
+
+
+def _accepted(row: Mapping[str, Any]) -> bool:
+    return bool(row["accepted"]) if "accepted" in row else not row.get("reasons")
+
+
+def _pair(row: Mapping[str, Any], good: bool) -> Pair:
+    reasons = row.get("reasons") or []
+    meta = [str(row[name]) for name in ("domain", "style") if row.get(name)]
+    if isinstance(row.get("similarity"), (int, float)):
+        meta.append(f"similarity {row['similarity']:.3f}")
+    meta += [reasons] if isinstance(reasons, str) else [str(reason) for reason in reasons]
+    verdict = "accepted" if good else "rejected"
+    return Pair(verdict, good, " · ".join(meta), clip(row["source"]), clip(row["rewrite"]))
+
+
+def trajectory_section(views: Views) -> Section:
+    """How the trajectories were judged, how far the judge can be trusted, and one of each kind to read."""
+    view = views["synthesize"]
+    if not view.report:
+        return Section("trajectories", "Agentic trajectories", [view.missing("trajectories")])
+    blocks: list[Block] = [_trajectory_counts(view)]
+    table = counts_table(
+        view.get("rejected_by_reason"), ("criterion", "trajectories"), "Why trajectories were rejected."
+    )
+    blocks += [table] if table else []
+    for key, word in (("accepted_example", "accepted"), ("rejected_example", "rejected")):
+        record = view.get(key)
+        blocks.append(_chat(record, word) if record else Missing(f"example of a trajectory that was {word}"))
+    return Section("trajectories", "Agentic trajectories", blocks)
+
+
+def _trajectory_counts(view: StageView) -> Block:
+    names = ("tools", "mcp_tools", "domains", "tasks", "trajectories", "accepted")
+    values = {name: view.get(name) for name in names} | (view.get("judge") or {})
+    caption = "Tools, tasks and verdicts, and the judge against the hidden truth."
+    return facts(values, caption) or view.missing("counts of trajectories")
+
+
+def _chat(record: Mapping[str, Any], word: str) -> Chat:
+    tools = [tool["function"]["name"] for tool in record.get("tools") or []]
+    scores = ", ".join(f"{name} {number(value)}" for name, value in (record.get("scores") or {}).items())
+    reasons = f" because of {', '.join(record['reasons'])}" if record.get("reasons") else ""
+    caption = f"Trajectory {record['id']}, {word}{reasons}. Scores: {scores}." if scores else f"Trajectory, {word}."
+    return Chat(caption, record["messages"], tools)
+
+
+def clip(text: str, limit: int = EXAMPLE_CHARACTERS) -> str:
+    """The beginning of a text."""
+    return text if len(text) <= limit else text[:limit].rstrip() + " …"

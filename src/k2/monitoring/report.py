@@ -1,0 +1,174 @@
+"""The HTML report of a run: one self-contained page from whatever the run left in the store."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import BaseLoader, Environment, StrictUndefined
+from markupsafe import Markup
+
+from k2.errors import StageError, UserError
+from k2.execution.registry import STAGES
+from k2.monitoring.blocks import Block, Missing, Preformatted, Section, StageView
+from k2.monitoring.data_sections import corpus_section, rephrase_section, trajectory_section
+from k2.monitoring.format import duration, number, value_text
+from k2.monitoring.lineage import lineage, render_tree
+from k2.monitoring.model_sections import (
+    evaluation_section,
+    gate_section,
+    pretrain_section,
+    quantize_section,
+    rl_section,
+    sft_section,
+)
+from k2.store.artifacts import Artifact, open_uri
+from k2.store.client import Store
+
+MAX_BYTES = 1_000_000
+"""A report is no larger, so that it can be mailed and kept."""
+
+DOCUMENTS = {"rephrase": ("rewrites.jsonl",), "evaluate": ("evaluation.json",)}
+"""Small files besides `report.json` that the report shows."""
+
+LINEAGE_FROM = ("evaluate", "export", "quantize", "rl", "sft", "pretrain", "tokenize", "rephrase", "ingest", "corpus")
+"""Stages whose artifact the tree starts from: the first that there is."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the page says about the run as a whole."""
+
+    run: str
+    preset: str
+    status: str
+    wall_s: float
+
+
+def render_report(store: Store, run: Run, records: Sequence[Mapping[str, Any]], examples: int = 3) -> str:
+    """The page. Every text in it is escaped; a section says so where the run recorded nothing.
+
+    Fewer examples are shown if the page would exceed `MAX_BYTES`.
+    """
+    views = collect(store, records)
+    tree = _lineage(store, views)
+    page = ""
+    for count in range(examples, -1, -1):
+        page = _page(run, records, [*_sections(views, count), Section("lineage", "Lineage", [tree])])
+        if len(page.encode()) <= MAX_BYTES:
+            break
+    return page
+
+
+def collect(store: Store, records: Sequence[Mapping[str, Any]]) -> dict[str, StageView]:
+    """One view per stage of the DAG, also of those that never ran."""
+    known = {record["stage"]: record for record in records}
+    return {stage: _view(store, stage, known.get(stage)) for stage in STAGES}
+
+
+def _view(store: Store, stage: str, record: Mapping[str, Any] | None) -> StageView:
+    if record is None:
+        return StageView(stage, problem=f"{stage} did not run")
+    if record["artifact"] is None:
+        return StageView(stage, record, problem=f"{stage} made nothing: it {_ended(record['status'])}")
+    try:
+        artifact = open_uri(store, record["artifact"])
+        documents = {name: _document(artifact, name) for name in DOCUMENTS.get(stage, ()) if name in artifact.files}
+        report = artifact.json("report.json") if "report.json" in artifact.files else {}
+    except (StageError, UserError, ValueError) as error:
+        return StageView(stage, record, problem=str(error))
+    return StageView(stage, record, report, documents)
+
+
+def _ended(status: str) -> str:
+    return {"failed": "failed", "running": "was not finished"}.get(status, f"ended as {status}")
+
+
+def _document(artifact: Artifact, name: str) -> Any:
+    if name.endswith(".jsonl"):
+        return [json.loads(line) for line in artifact.path(name).read_text(encoding="utf-8").splitlines()]
+    return artifact.json(name)
+
+
+def _lineage(store: Store, views: Mapping[str, StageView]) -> Block:
+    uris = (views[stage].record.get("artifact") for stage in LINEAGE_FROM)
+    uri = next((uri for uri in uris if uri), None)
+    if uri is None:
+        return Missing("lineage", "no stage has finished")
+    try:
+        tree = render_tree(lineage(store, uri))
+    except (StageError, UserError) as error:
+        return Missing("lineage", str(error))
+    return Preformatted(tree, "What was made from what; the second column begins the digest of the content.")
+
+
+def _sections(views: Mapping[str, StageView], examples: int) -> list[Section]:
+    return [
+        evaluation_section(views),
+        gate_section(views),
+        corpus_section(views),
+        rephrase_section(views, examples),
+        pretrain_section(views),
+        trajectory_section(views),
+        sft_section(views),
+        rl_section(views),
+        quantize_section(views),
+    ]
+
+
+def _page(run: Run, records: Sequence[Mapping[str, Any]], sections: Sequence[Section]) -> str:
+    rows = timeline(records)
+    failures = [record for record in records if record["error"]]
+    headline = _headline(records)
+    return _template("report.html").render(
+        run=run, rows=rows, failures=failures, sections=sections, headline=headline,
+        css=Markup(_text("report.css")), script=Markup(_text("report.js.html")),
+    )  # fmt: skip
+
+
+def timeline(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every stage with where its bar begins and how long it is, in percent of the run."""
+    begin = min((record["started"] for record in records), default=0.0)
+    total = max((record["started"] + record["wall_s"] for record in records), default=0.0) - begin or 1.0
+    return [
+        {
+            "stage": record["stage"],
+            "title": STAGES[record["stage"]].title,
+            "status": "cached" if record["cached"] else record["status"],
+            "wall": duration(record["wall_s"]),
+            "left": round(100 * (record["started"] - begin) / total, 2),
+            "width": round(max(0.4, 100 * record["wall_s"] / total), 2),
+        }
+        for record in records
+    ]
+
+
+HEADLINE = (
+    ("pretrain", "heldout_perplexity", "held-out perplexity", "{:.1f}"),
+    ("rephrase", "accepted", "rewrites accepted", "{:,}"),
+    ("synthesize", "accepted", "trajectories accepted", "{:,}"),
+    ("rl", "accuracy_before", "accuracy before RL", "{:.1%}"),
+    ("rl", "accuracy_after", "accuracy after RL", "{:.1%}"),
+    ("quantize", "accuracy_int4", "accuracy in INT4", "{:.1%}"),
+)
+"""Stage, metric, name and format of the figures at the top."""
+
+
+def _headline(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    metrics = {record["stage"]: record["metrics"] or {} for record in records}
+    found = [(name, form, metrics.get(stage, {}).get(metric)) for stage, metric, name, form in HEADLINE]
+    return [(name, form.format(value)) for name, form, value in found if isinstance(value, (int, float))]
+
+
+@cache
+def _text(name: str) -> str:
+    return files("k2.monitoring").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+@cache
+def _template(name: str) -> Any:
+    environment = Environment(loader=BaseLoader(), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters |= {"duration": duration, "number": number, "value_text": value_text}
+    return environment.from_string(_text(name))
