@@ -8,6 +8,7 @@ Letters in shapes: N matrices, R rows, C columns.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from math import sqrt
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ class MuonClip(torch.optim.Optimizer):
             self._direction(block, gradients, part)
         update_NRC = orthogonalize(update_NRC, self.config.newton_schulz_steps, dtype)
         # Lemma 1 of Moonlight: a full-rank orthogonal [R, C] has the RMS 1 / sqrt(max(R, C)).
-        scale = self.config.update_rms * max(shape) ** 0.5
+        scale = self.config.update_rms * sqrt(max(shape))
         for block, part in zip(blocks, torch.split(update_NRC, counts), strict=True):
             block.of(self._weights[block.parameter]).add_(part, alpha=-lr * scale)
         norm = stable_norm(update_NRC) * scale

@@ -25,6 +25,7 @@ KEEP = 2
 """Checkpoints kept: should the newest be corrupt, the one before leads to the same bytes."""
 
 _NAME = re.compile(r"checkpoint-(\d+)\.json")
+_SCALARS = ("step", "tokens", "skipped", "mean_loss", "notes")
 _log = logging.getLogger(__name__)
 
 
@@ -39,9 +40,9 @@ class Checkpoints:
         if state.step % self._interval == 0:
             self.save(state, source)
 
-    def save(self, state: TrainState, source: Source[Any], extra: Mapping[str, Any] | None = None) -> None:
-        """Commit one checkpoint and forget all but the last two. `extra` is JSON that `restore` gives back."""
-        values = _values(state) | {"source": source.state_dict(), "extra": dict(extra or {})}
+    def save(self, state: TrainState, source: Source[Any]) -> None:
+        """Commit one checkpoint and forget all but the last two."""
+        values = _values(state) | {"source": source.state_dict()}
         name = f"checkpoint-{state.step:09d}"
         old = [
             n for step in self._steps()[: 1 - KEEP] for n in _objects(f"checkpoint-{step:09d}") if step != state.step
@@ -52,8 +53,8 @@ class Checkpoints:
             tensors, document = _objects(name)
             self._work.save({tensors: path, document: json.dumps(values, sort_keys=True).encode()}, drop=old)
 
-    def restore(self, state: TrainState, source: Source[Any]) -> dict[str, Any] | None:
-        """Bring state and source to the newest intact checkpoint; returns its `extra`, or None if there is none.
+    def restore(self, state: TrainState, source: Source[Any]) -> bool:
+        """Bring state and source to the newest intact checkpoint; False when there is none.
 
         Raises:
             StageError: every checkpoint is corrupt.
@@ -70,14 +71,8 @@ class Checkpoints:
             values = json.loads(document)
             _restore(state, load(tensors), values)
             source.load_state_dict(values["source"])
-            extra: dict[str, Any] = values["extra"]
-            return extra
-        return None
-
-    def saved_tokens(self) -> int:
-        """Tokens seen at the newest checkpoint, 0 without one."""
-        steps = self._steps()
-        return 0 if not steps else int(json.loads(self._load(_objects(f"checkpoint-{steps[-1]:09d}")[1]))["tokens"])
+            return True
+        return False
 
     def _steps(self) -> list[int]:
         return sorted(int(found[1]) for found in map(_NAME.fullmatch, self._work.names()) if found)
@@ -100,7 +95,7 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
 
 
 def _values(state: TrainState) -> dict[str, Any]:
-    scalars = {name: getattr(state, name) for name in ("step", "tokens", "skipped", "mean_loss")}
+    scalars = {name: getattr(state, name) for name in _SCALARS}
     return scalars | {"history": vars(state.history)}
 
 
@@ -111,5 +106,6 @@ def _restore(state: TrainState, tensors: Mapping[str, Tensor], values: Mapping[s
     state.model.load_state_dict(part("model."))
     state.optimizer.load_state_dict(part("optimizer."))
     torch.set_rng_state(tensors["rng"])
-    state.step, state.tokens, state.skipped = values["step"], values["tokens"], values["skipped"]
-    state.mean_loss, state.history = values["mean_loss"], History(**values["history"])
+    for name in _SCALARS:
+        setattr(state, name, values[name])
+    state.history = History(**values["history"])

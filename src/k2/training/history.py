@@ -33,6 +33,11 @@ class History:
         """Take in one step's numbers and lists of numbers; every step has the same names."""
         self.pending.append(dict(row))
         if len(self.pending) == self.interval:
+            self.finish()
+
+    def finish(self) -> None:
+        """Make a row of an interval that the end of the run cut short."""
+        if self.pending:
             self.rows.append({name: self._reduce(name) for name in self.pending[0]})
             self.pending = []
 

@@ -41,6 +41,7 @@ class TrainState:
 
     skipped: updates skipped in a row.
     mean_loss: running mean of the loss, None before the first good step.
+    notes: JSON-ready results that a stage wants to find again after it was killed.
     """
 
     model: Transformer
@@ -50,3 +51,4 @@ class TrainState:
     tokens: int = 0
     skipped: int = 0
     mean_loss: float | None = None
+    notes: dict[str, Any] = field(default_factory=dict)

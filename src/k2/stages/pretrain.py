@@ -1,0 +1,75 @@
+"""Stage `pretrain`: train the model from scratch on the packed tokens."""
+
+import json
+import math
+import shutil
+from typing import Any
+
+import numpy as np
+import torch
+
+from k2.config.pretrain import PretrainConfig
+from k2.data.loader import TokenLoader
+from k2.execution.contract import Progress, StageResult
+from k2.model import hf
+from k2.store.artifacts import Artifact, ArtifactWriter
+from k2.training.checkpoint import Checkpoints
+from k2.training.pretraining import pretrain, schedule_of
+from k2.training.state import TrainState
+
+
+def run(
+    config: PretrainConfig, inputs: dict[str, Artifact], output: ArtifactWriter, *, progress: Progress
+) -> StageResult:
+    """Write a checkpoint artifact: `config.json`, `model/`, `tokenizer/` and `report.json`.
+
+    Raises UserError when the corpus or the held-out text is shorter than one row, StageError when too many
+    updates in a row had to be skipped.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    tokens = inputs["tokens"]
+    loader = TokenLoader(
+        np.load(tokens.path("train/tokens.npy"), mmap_mode="r"),
+        np.load(tokens.path("train/offsets.npy")),
+        config.batch_tokens // config.context_length,
+        config.context_length,
+        config.seed,
+    )
+    heldout = np.load(tokens.path("heldout/tokens.npy"), mmap_mode="r")
+    checkpoints = Checkpoints(output.work, config.checkpoint_interval)
+    state = pretrain(config, loader, heldout, checkpoints, progress)
+    hf.save(state.model, state.model.config, output.path("config.json").parent)
+    for name in tokens.files:
+        if name.startswith("tokenizer/"):
+            shutil.copyfile(tokens.path(name), output.path(name))
+    metrics = _metrics(state)
+    output.path("report.json").write_text(json.dumps(_report(config, state), sort_keys=True), encoding="utf-8")
+    return StageResult(metrics, output.publish(**metrics))
+
+
+def _metrics(state: TrainState) -> dict[str, Any]:
+    losses, heldout = state.history.curve("loss"), [note["loss"] for note in state.notes["heldout"]]
+    counts = state.optimizer.qk_clip.counts
+    return {
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "tokens": state.tokens,
+        "max_attention_logit": max(logit for row in state.history.curve("max_logits") for logit in row if logit),
+        "clipped_heads": int((counts > 0).sum()),
+        "clip_events": int(counts.sum()),
+        "heldout_loss_first": heldout[0],
+        "heldout_loss": heldout[-1],
+        "heldout_perplexity": math.exp(heldout[-1]),
+    }
+
+
+def _report(config: PretrainConfig, state: TrainState) -> dict[str, Any]:
+    phases = [{"name": p.name, "tokens": p.tokens, "context": p.context_length} for p in schedule_of(config).phases]
+    return {
+        "curves": state.history.curves(),
+        "phases": phases,
+        "tau": config.optimizer.tau,
+        "clip_counts": state.optimizer.qk_clip.counts.tolist(),
+        "heldout": state.notes["heldout"],
+    }

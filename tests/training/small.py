@@ -1,0 +1,126 @@
+"""A small pretraining run, also as a program: `python small.py FOLDER` trains and writes digests of what came out."""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from k2.config.model import ModelConfig, RopeScaling
+from k2.config.optimizer import OptimizerConfig
+from k2.config.pretrain import PretrainConfig
+from k2.data.loader import TokenLoader
+from k2.training.checkpoint import Checkpoints
+from k2.training.pretraining import pretrain
+from k2.training.state import TrainState
+
+MODEL = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    q_lora_rank=16,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    max_position_embeddings=16,
+    initializer_range=0.1,
+)
+CONFIG = PretrainConfig(
+    model=MODEL,
+    optimizer=OptimizerConfig(tau=0.9, bias_update_speed=0.01),
+    lr=0.02,
+    warmup_tokens=256,
+    stable_tokens=1024,
+    decay_tokens=512,
+    annealing_tokens=256,
+    long_context_tokens=512,
+    context_length=16,
+    long_context_length=32,
+    yarn=RopeScaling(factor=2.0, original_max_position_embeddings=16),
+    batch_tokens=128,
+    micro_batch_tokens=64,
+    heldout_tokens=256,
+    checkpoint_interval=2,
+)
+
+
+class FolderWork:
+    """A work area in a folder, for programs that are killed: one index file, replaced atomically, is the commit."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.index = folder / "index.json"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def names(self) -> list[str]:
+        return json.loads(self.index.read_text()) if self.index.exists() else []
+
+    def load(self, name: str) -> bytes | None:
+        return (self.folder / name).read_bytes() if name in self.names() else None
+
+    def save(self, objects: Mapping[str, bytes | Path], drop: Iterable[str] = ()) -> None:
+        for name, data in objects.items():
+            (self.folder / name).write_bytes(data.read_bytes() if isinstance(data, Path) else data)
+        part = self.folder / f"index.{os.getpid()}"
+        part.write_text(json.dumps(sorted({*self.names(), *objects} - set(drop))))
+        part.replace(self.index)
+
+
+class NoProgress:
+    """Says nothing; after `kill_after` updates the process kills itself, as the machine might."""
+
+    def __init__(self, kill_after: int | None = None) -> None:
+        self.left = kill_after
+        self.events: list[dict[str, Any]] = []
+
+    def update(self, done: float, total: float, unit: str, **values: Any) -> None:
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), 9)
+
+    def event(self, kind: str, **values: Any) -> None:
+        self.events.append({"kind": kind, **values})
+
+
+def corpus(tokens: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids that a model can learn something from, and document starts."""
+    rng = np.random.default_rng(0)
+    steps = rng.choice([1, 2, 3, 30], size=tokens, p=[0.6, 0.2, 0.15, 0.05])
+    return (np.cumsum(steps) % 64).astype(np.uint16), np.arange(0, tokens + 1, 40)
+
+
+def run(work: Any, config: PretrainConfig = CONFIG, progress: NoProgress | None = None) -> TrainState:
+    """Pretrain on the corpus above."""
+    tokens, offsets = corpus()
+    loader = TokenLoader(
+        tokens, offsets, config.batch_tokens // config.context_length, config.context_length, config.seed
+    )
+    return pretrain(
+        config, loader, tokens[:400], Checkpoints(work, config.checkpoint_interval), progress or NoProgress()
+    )
+
+
+def digest(state: TrainState) -> str:
+    """SHA-256 over weights, optimizer state, curves and held-out losses."""
+    found = hashlib.sha256()
+    for _, tensor in sorted({**state.model.state_dict(), **state.optimizer.state_dict()}.items()):
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    found.update(json.dumps([state.history.curves(), state.notes, state.step, state.tokens], sort_keys=True).encode())
+    return found.hexdigest()
+
+
+if __name__ == "__main__":
+    kill_after = int(sys.argv[2]) if len(sys.argv) > 2 else None
+    print(digest(run(FolderWork(Path(sys.argv[1])), progress=NoProgress(kill_after))))

@@ -1,0 +1,173 @@
+"""One step: accumulation, recomputation, bad gradients, expert balance, ranks."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from k2.config.model import ModelConfig
+from k2.config.optimizer import OptimizerConfig
+from k2.data.loader import IGNORE
+from k2.errors import StageError
+from k2.model.layout import logical_tensors
+from k2.model.transformer import Transformer
+from k2.optim.muonclip import MuonClip
+from k2.training.batches import TokenBatch, micro_batches, next_token_loss
+from k2.training.history import History
+from k2.training.loop import Loss, balance_experts, train_step
+from k2.training.state import TrainState
+from tests.training.small import MODEL
+
+LR = 0.01
+
+
+def state(config: ModelConfig = MODEL, recompute: bool = False, **optimizer: Any) -> TrainState:
+    model = Transformer(config, recompute=recompute).initialize(0)
+    return TrainState(model, MuonClip(model.named_parameters(), logical_tensors(config), OptimizerConfig(**optimizer)))
+
+
+def rows(count: int = 8, length: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and targets; rows differ in how many targets count."""
+    rng = np.random.default_rng(1)
+    tokens, targets = rng.integers(0, 64, (2, count, length))
+    for row in range(count):
+        targets[row, : row + 1] = IGNORE
+    return tokens, targets
+
+
+def weights(found: TrainState) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in found.model.state_dict().items()}
+
+
+def step(found: TrainState, size: int, **changes: Any) -> Any:
+    return train_step(found, micro_batches(*rows(), size), next_token_loss(), lambda tokens: LR, **changes)
+
+
+def test_accumulation_equals_one_large_batch() -> None:
+    whole, parts = state(tau=0.05), state(tau=0.05)
+    one, many = step(whole, 8), step(parts, 3)
+    assert many.loss == pytest.approx(one.loss, rel=1e-6)
+    assert many.grad_norm == pytest.approx(one.grad_norm, rel=1e-4)
+    assert many.max_logits == pytest.approx(one.max_logits, rel=1e-5)
+    assert many.clipped_heads == one.clipped_heads > 0
+    assert many.tokens == one.tokens == 128
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(parts)[name], tensor, rtol=0, atol=0.02 * LR)
+
+
+def test_recomputation_changes_no_bit_and_counts_once() -> None:
+    plain, again = state(tau=0.05), state(tau=0.05, recompute=True)
+    assert step(plain, 4) == step(again, 4)
+    assert all(torch.equal(tensor, weights(again)[name]) for name, tensor in weights(plain).items())
+
+
+def test_experts_without_enough_tokens_are_preferred_next_time() -> None:
+    found = state(bias_update_speed=0.5)
+    counts = torch.tensor([[10, 20, 30, 0]])
+    balance_experts(found.model, counts, 0.5)
+    bias = found.model.layers["1"].mlp.gate.e_score_correction_bias
+    # signs of (mean - load) are +1, -1, -1, +1; their mean is zero
+    assert bias.tolist() == [0.5, -0.5, -0.5, 0.5]
+    balance_experts(found.model, torch.tensor([[0, 20, 20, 20]]), 0.5)
+    assert bias.tolist() == pytest.approx([1.25, -0.75, -0.75, 0.25])
+
+
+def test_a_bad_gradient_is_skipped_and_five_in_a_row_fail() -> None:
+    found = state(tau=0.05, max_skipped_steps=2)
+    before = weights(found)
+
+    def poisoned(model: Transformer, batch: TokenBatch) -> Loss:
+        loss = next_token_loss()(model, batch)
+        return Loss(loss.total * float("nan"), loss.weight, loss.statistics)
+
+    batches = micro_batches(*rows(), 8)
+    for expected in (1, 2):
+        report = train_step(found, batches, poisoned, lambda tokens: LR)
+        assert report.skipped is not None
+        assert "nan" in report.skipped
+        assert (found.skipped, found.step) == (expected, expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(found).items())
+    assert not found.optimizer.qk_clip.counts.any()
+    with pytest.raises(StageError, match="3 updates in a row"):
+        train_step(found, batches, poisoned, lambda tokens: LR)
+
+
+def test_a_good_step_ends_the_count_of_skipped_ones() -> None:
+    found = state()
+    found.skipped = 3
+    assert step(found, 8).skipped is None
+    assert found.skipped == 0
+
+
+def test_a_loss_spike_is_skipped() -> None:
+    found = state(spike_margin=0.5)
+    found.mean_loss = 1.0
+    before = weights(found)
+    report = step(found, 8)
+    assert report.skipped is not None
+    assert "running mean" in report.skipped
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(found).items())
+
+
+def test_gradients_are_clipped_to_the_norm() -> None:
+    found = state(max_grad_norm=0.01)
+    norm = step(found, 4).grad_norm
+    gradients = [p.grad for p in found.model.parameters() if p.grad is not None]
+    assert norm > 0.01
+    assert torch.nn.utils.get_total_norm(gradients).item() == pytest.approx(0.01, rel=1e-4)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    config = MODEL.model_copy(update={"hidden_size": 128, "moe_intermediate_size": 128, "vocab_size": 512})
+    tokens = np.random.default_rng(0).integers(0, 512, (8, 256))
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        run = state(config, tau=0.05)
+        run.model.compute_dtype = torch.bfloat16
+        reports = [
+            train_step(run, micro_batches(tokens, tokens, 8), next_token_loss(1e-4), lambda tokens: LR)
+            for _ in range(2)
+        ]
+        found.append((reports, weights(run)))
+    torch.set_num_threads(1)
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
+
+
+class TwoAlike:
+    """The plan of two ranks that happen to hold the same data."""
+
+    def sum_(self, tensors: list[Tensor]) -> None:
+        for tensor in tensors:
+            tensor *= 2
+
+    def max_(self, tensor: Tensor) -> None:
+        pass
+
+
+def test_two_ranks_with_equal_data_make_the_step_of_one() -> None:
+    one, two = state(), state()
+    alone, both = step(one, 4), step(two, 4, plan=TwoAlike())
+    assert both.tokens == 2 * alone.tokens
+    assert both.loss == pytest.approx(alone.loss)
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(two)[name], tensor)
+
+
+def test_history_thins_and_reduces() -> None:
+    history = History(interval=2)
+    for i, logit in enumerate([1.0, 5.0, 3.0, 2.0, 7.0]):
+        history.add({"step": i, "loss": float(i), "max_logits": [logit, -logit], "clipped_heads": 1})
+    history.finish()
+    assert history.curves() == {
+        "step": [1, 3, 4],
+        "loss": [0.5, 2.5, 4.0],
+        "max_logits": [[5.0, -1.0], [3.0, -2.0], [7.0, -7.0]],
+        "clipped_heads": [2, 2, 1],
+    }
+    history.add({"step": 5, "loss": float("nan"), "max_logits": [1.0, 1.0], "clipped_heads": 0})
+    history.finish()
+    assert history.curve("loss")[-1] is None
