@@ -20,6 +20,9 @@ from k2.data.tokenizer import Tokenizer
 from k2.errors import UserError
 from k2.execution.contract import StageResult
 from k2.stages import corpus, ingest, tokenize
+from k2.store.client import Store
+from k2.store.lease import Lease
+from k2.store.work import WorkArea
 
 FIXTURE = Path(__file__).parent / "corpus"
 INGEST = IngestConfig(heldout_fraction=0.08, quality=QualityConfig(min_words=30))
@@ -121,6 +124,19 @@ def test_ingest_is_deterministic_and_shards_do_not_change_what_is_kept(stage_har
     assert rows(results[0], "documents.jsonl.zst") == rows(results[2], "documents.jsonl.zst")
 
 
+def test_an_interrupted_ingest_does_not_prepare_twice(store: Store, tmp_path: Path) -> None:
+    raw, first, second = (tmp_path / name for name in ("raw", "first", "second"))
+    raw.mkdir()
+    second.mkdir()
+    write_shards(collect(CorpusConfig(paths=(str(FIXTURE),)), None, Snapshot()), raw, 60_000)
+    with Lease(store, "work/key/lease.json") as lease:
+        prepared = ingest._prepared(INGEST, raw, first, WorkArea(store, "key", lease))
+    with Lease(store, "work/key/lease.json") as lease:
+        resumed = ingest._prepared(INGEST, tmp_path / "gone", second, WorkArea(store, "key", lease))
+    assert len(prepared) > 1
+    assert [(p.read_bytes(), found) for p, found in prepared] == [(p.read_bytes(), found) for p, found in resumed]
+
+
 def test_tokenize_keeps_every_document(stage_harness: Harness, make_artifact, ingested: Ingested, tmp_path) -> None:
     splits = {"documents": ingested.training, "heldout": ingested.heldout}
     for name, documents in splits.items():
@@ -148,7 +164,7 @@ def test_corpus_without_text_is_the_users_error(stage_harness: Harness, suffix: 
         snapshot(stage_harness, str(FIXTURE / suffix))
 
 
-def test_a_stored_corpus_equals_the_local_one(stage_harness: Harness, store) -> None:
+def test_a_stored_corpus_equals_the_local_one(stage_harness: Harness, store: Store) -> None:
     for path in sorted(FIXTURE.rglob("*")):
         if path.is_file():
             store.upload(path, f"input/corpus/{path.relative_to(FIXTURE)}")

@@ -5,6 +5,9 @@ import re
 from datatrove.data import DocumentsPipeline
 from datatrove.pipeline.formatters import FTFYFormatter
 from inscriptis import get_text
+from loguru import logger
+
+logger.disable("datatrove")  # here, because every worker process of its executor imports this module
 
 _TRAILING_SPACE = re.compile(r"[^\S\n]+$", re.MULTILINE)
 _BLANK_LINES = re.compile(r"\n{3,}")

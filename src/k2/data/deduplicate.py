@@ -16,7 +16,6 @@ from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.text import TextNormConfig
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
-from loguru import logger
 
 from k2.config.ingest import MinHashConfig
 from k2.data.cleaning import normalize_documents
@@ -78,8 +77,7 @@ def _flatten(writer: JsonlWriter, document: Document) -> dict[str, Any]:
 
 
 def _execute(pipeline: Sequence[Callable[..., Any]], logs: Path, tasks: int, workers: int) -> None:
-    """Run steps with datatrove's local executor; its logs go to the scratch folder and nowhere else."""
-    logger.disable("datatrove")
+    """Run steps with datatrove's local executor; its logs go nowhere."""
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         LocalPipelineExecutor(list(pipeline), tasks=tasks, workers=workers, logging_dir=str(logs)).run()
 

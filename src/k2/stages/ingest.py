@@ -9,10 +9,13 @@ from typing import Any
 from k2.config.ingest import IngestConfig
 from k2.data.deduplicate import normalize_and_cluster
 from k2.data.documents import read_rows, write_rows
-from k2.data.ingestion import Ingestion
+from k2.data.ingestion import Ingestion, Shard
 from k2.errors import UserError
 from k2.execution.contract import Progress, StageResult
 from k2.store.artifacts import Artifact, ArtifactWriter
+from k2.store.work import WorkArea
+
+_CLUSTERS = "clusters.json"
 
 
 def run(
@@ -27,7 +30,7 @@ def run(
     raw = corpus.directory() / "documents"
     with tempfile.TemporaryDirectory(prefix="k2-ingest-", dir=os.environ.get("K2_SCRATCH")) as scratch:
         progress.update(0, total, "documents", step="normalising and hashing")
-        shards = normalize_and_cluster(raw, Path(scratch), config.minhash, config.seed, config.workers)
+        shards = _prepared(config, raw, Path(scratch), output.work)
         ingestion = Ingestion(shards, read_rows(corpus.path("labelled.jsonl.zst")), config)
         progress.update(0, total, "documents", step="filtering")
         heldout = write_rows(output.path("heldout.jsonl.zst"), ingestion.heldout())
@@ -39,6 +42,20 @@ def run(
     report = {**metrics, "dropped_examples": ingestion.tally.examples}
     output.path("report.json").write_text(json.dumps(report, indent=1, sort_keys=True), encoding="utf-8")
     return StageResult(metrics, output.publish(**metrics))
+
+
+def _prepared(config: IngestConfig, raw: Path, scratch: Path, work: WorkArea) -> list[Shard]:
+    """Normalised shards and clusters, the long part of the work, from a run that was interrupted if there was one."""
+    saved = work.load(_CLUSTERS)
+    if saved is None:
+        shards = normalize_and_cluster(raw, scratch, config.minhash, config.seed, config.workers)
+        clusters = json.dumps({path.name: list(found.items()) for path, found in shards}).encode()
+        work.save({**{path.name: path for path, _ in shards}, _CLUSTERS: clusters})
+        return shards
+    names: dict[str, list[tuple[int, int]]] = json.loads(saved)
+    for name in names:
+        (scratch / name).write_bytes(work.load(name) or b"")
+    return [(scratch / name, dict(found)) for name, found in names.items()]
 
 
 def _metrics(ingestion: Ingestion, kept: int, heldout: int) -> dict[str, Any]:
