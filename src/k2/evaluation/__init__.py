@@ -1,0 +1,1 @@
+"""Verifiable tasks, scores with intervals, and the harness that measures a model on them."""

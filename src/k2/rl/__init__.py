@@ -1,0 +1,1 @@
+"""Reinforcement learning: environments, rewards, critic, rollouts, the K2 objective."""
