@@ -1,0 +1,163 @@
+"""MuonClip's step against torch's optimizers over the same weights, both sides interleaved in one run.
+
+Prints one JSON row per claim. Time is this process's CPU time, so that a busy machine spreads the ratios less.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.optim._muon import _zeropower_via_newtonschulz
+
+from k2.config.model import ModelConfig
+from k2.config.optimizer import OptimizerConfig
+from k2.model.hf import part
+from k2.model.layout import logical_tensors
+from k2.model.transformer import Transformer
+from k2.optim.muonclip import MuonClip
+from k2.optim.newton_schulz import COEFFICIENTS, EPS, orthogonalize
+from k2.optim.qk_clip import QKClip
+from k2.training.batches import micro_batches, next_token_loss
+from k2.training.loop import train_step
+from k2.training.state import TrainState
+
+SHAPES = Path(__file__).with_name("shapes.yaml")
+LR = 1e-3
+Step = Callable[[], object]
+
+
+def cpu_seconds(step: Step) -> float:
+    """Processor time of one call, all threads together."""
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def ratios(numerator: Step, denominator: Step, rounds: int) -> list[float]:
+    """Quotients of CPU time, both sides in turn, ascending; the first round warms up."""
+    found = [cpu_seconds(numerator) / cpu_seconds(denominator) for _ in range(rounds + 1)]
+    return sorted(found[1:])
+
+
+def row(claim: str, peer: str, values: list[float], target: float | None, better: str) -> dict[str, Any]:
+    """One line of the result."""
+    spread = {"ratio": median(values), "low": values[0], "high": values[-1]}
+    rounded = {name: round(value, 4) for name, value in spread.items()}
+    return {"claim": claim, "peer": peer, **rounded, "target": target, "better": better}
+
+
+def model_with_gradients(config: ModelConfig) -> Transformer:
+    """Random weights and random gradients."""
+    model = Transformer(config).initialize(0)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    return model
+
+
+def own_step(config: ModelConfig, **changes: Any) -> Step:
+    """One MuonClip step."""
+    model = model_with_gradients(config)
+    return MuonClip(model.named_parameters(), logical_tensors(config), OptimizerConfig(**changes), lr=LR).step
+
+
+def torch_step(config: ModelConfig) -> Step:
+    """torch.optim.Muon over every logical matrix alone, fused AdamW for the rest."""
+    model = model_with_gradients(config)
+    groups: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": [], "none": []}
+    for tensor in logical_tensors(config):
+        whole = model.state_dict()[tensor.parameter]
+        single = nn.Parameter(part(whole, tensor).clone())
+        single.grad = torch.randn_like(single)
+        groups[tensor.group].append(single)
+    muon = torch.optim.Muon(groups["muon"], lr=LR, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(groups["adamw"], lr=LR, fused=True)
+
+    def step() -> None:
+        muon.step()
+        adamw.step()
+
+    return step
+
+
+def adamw_step(config: ModelConfig) -> Step:
+    """Fused AdamW over all weights."""
+    return torch.optim.AdamW(model_with_gradients(config).parameters(), lr=LR, fused=True).step
+
+
+def training_step(config: ModelConfig, batch: int, length: int) -> Step:
+    """A whole training step in bfloat16."""
+    model = Transformer(config, compute_dtype=torch.bfloat16).initialize(0)
+    state = TrainState(model, MuonClip(model.named_parameters(), logical_tensors(config), OptimizerConfig()))
+    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(batch, length + 1))
+    batches = micro_batches(tokens[:, :-1], tokens[:, 1:], batch)
+    return lambda: train_step(state, batches, next_token_loss(), lambda _: LR)
+
+
+def clip_work(config: ModelConfig, batch: int, length: int) -> Step:
+    """What QK-Clip adds to a step: the row maxima of every layer's logits, and clipping every head."""
+    heads = config.num_attention_heads
+    logits = torch.randn(batch * heads, length, length, dtype=torch.bfloat16)
+    weights: dict[str, Tensor] = dict(Transformer(config).initialize(0).named_parameters())
+    clip = QKClip(logical_tensors(config), tau=100.0)
+
+    def step() -> None:
+        rows = [logits.amax(-1).view(batch, heads, length).amax((0, 2)) for _ in range(config.num_hidden_layers)]
+        clip.observe(torch.stack(rows) + 1000.0)
+        clip.apply(weights)
+
+    return step
+
+
+def orthogonality_error(count: int, rows: int, columns: int) -> list[float]:
+    """Mean distance of singular values from one, ours divided by torch's, over batches of random matrices."""
+    found = []
+    for seed in range(5):
+        batch = torch.randn(count, rows, columns, generator=torch.Generator().manual_seed(seed))
+        theirs = torch.stack([_zeropower_via_newtonschulz(matrix, COEFFICIENTS, 5, EPS) for matrix in batch])
+        errors = [(torch.linalg.svdvals(o.double()) - 1).abs().mean().item() for o in (orthogonalize(batch), theirs)]
+        found.append(errors[0] / errors[1])
+    return sorted(found)
+
+
+def measure(rounds: int) -> Iterator[dict[str, Any]]:
+    """All claims about the optimizer."""
+    shape = yaml.safe_load(SHAPES.read_text())["reference"]
+    config, batch, length = ModelConfig(**shape["model"]), shape["batch"], shape["length"]
+    peer = "torch.optim.Muon looped over the logical matrices + fused AdamW"
+    muon = own_step(config)
+    yield row("MuonClip step, reference shape", peer, ratios(torch_step(config), muon, rounds), 3.0, "higher")
+    single = own_step(config, newton_schulz_bf16=False)
+    yield row("MuonClip step, float32 Newton-Schulz", "MuonClip step", ratios(single, muon, rounds), None, "lower")
+    adamw = adamw_step(config)
+    yield row("MuonClip step, reference shape", "fused AdamW step", ratios(muon, adamw, rounds), None, "lower")
+    whole = training_step(config, batch, length)
+    yield row("MuonClip step, share of a training step", "training step", ratios(muon, whole, rounds), None, "lower")
+    clip = clip_work(config, batch, length)
+    claim = "QK-Clip with statistics, share of a training step"
+    yield row(claim, "training step", ratios(clip, whole, rounds), 0.01, "lower")
+    for rows, columns in ((128, 256), (256, 1024), (96, 256), (256, 256)):
+        errors = orthogonality_error(8, rows, columns)
+        yield row(f"orthogonality error, {rows}x{columns}", "torch.optim.Muon", errors, 1.0, "lower")
+
+
+def main() -> None:
+    """Print the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for result in measure(arguments.rounds):
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
