@@ -60,13 +60,12 @@ def _rewrite(number: int, *, accepted: bool) -> dict[str, Any]:
         "This allows common try...except...finally usage patterns to be encapsulated for convenient reuse. "
     )
     return {
-        "id": f"doc-{number}#rewrite-0",
+        "id": f"doc-{number}",
         "style": "learning note" if number % 2 else "encyclopaedic",
         "source": source * (1 + number % 3),
         "rewrite": "A with statement wraps a block in the methods of a context manager, so that patterns built on "
         "try, except and finally can be reused." * (1 + number % 2),
-        "accepted": accepted,
-        "reasons": [] if accepted else ["numbers vanish"],
+        "reasons": [] if accepted else ["numbers"],
         "similarity": 0.9 + 0.06 * _wave(number) - (0 if accepted else 0.25),
     }
 
@@ -121,7 +120,14 @@ def _reports() -> dict[str, dict[str, Any]]:
             "domains": {"code": 2100, "knowledge": 1120, "math": 1000, "web": 90},
             "classifier_accuracy": 0.947,
         },
-        "rephrase": {"rejected_by_reason": {"numbers vanish": 9, "similarity": 3}},
+        "rephrase": {
+            "similarity_histogram": {
+                "edges": [i / 20 for i in range(21)],
+                "counts": [0] * 12 + [2, 5, 3, 0, 6, 19, 22, 9],
+            },
+            "accepted_examples": [_rewrite(number, accepted=True) for number in range(8)],
+            "rejected_examples": [_rewrite(number, accepted=False) for number in range(8)],
+        },
         "tokenize": {"vocab_size": 1024, "train_tokens": 1203412, "heldout_tokens": 40123, "bytes_per_token": 2.9},
         "pretrain": _pretrain(),
         "synthesize": {
@@ -152,7 +158,7 @@ def _reports() -> dict[str, dict[str, Any]]:
 
 
 METRICS: dict[str, dict[str, Any]] = {
-    "rephrase": {"chunks": 61, "accepted": 49, "rejected": 12, "mean_similarity": 0.913},
+    "rephrase": {"chunks": 61, "accepted": 49, "rejected": 12, "mean_similarity": 0.913, "reasons": {"numbers": 9}},
     "pretrain": {"loss_first": 7.1, "loss_last": 3.1, "heldout_perplexity": 24.8, "clipped_heads": 3, "tokens": 614400},
     "synthesize": {"accepted": 82},
     "sft": {"loss_first": 3.3, "loss_last": 0.53, "accuracy": 0.31},
@@ -180,11 +186,7 @@ def publish(
 def _contents(stage: str, report: dict[str, Any]) -> dict[str, str]:
     if stage == "evaluate":
         return {"evaluation.json": json.dumps(report["evaluation.json"])}
-    contents = {"report.json": json.dumps(report)} if report else {"file": stage}
-    if stage == "rephrase":
-        rows = [_rewrite(number, accepted=number % 5 != 0) for number in range(61)]
-        contents["rewrites.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows)
-    return contents
+    return {"report.json": json.dumps(report)} if report else {"file": stage}
 
 
 @pytest.fixture

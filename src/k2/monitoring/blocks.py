@@ -135,12 +135,12 @@ def dig(value: Any, path: str) -> Any:
     return value
 
 
-def counts_table(counts: Any, columns: tuple[str, str], caption: str) -> Table | None:
-    """A mapping of names to numbers as a table, largest first; None when it is not one."""
+def counts_facts(counts: Any, caption: str) -> Facts | None:
+    """Names and their counts, largest first; None when there are none."""
     if not isinstance(counts, Mapping) or not counts:
         return None
-    rows = sorted(counts.items(), key=lambda item: (-item[1] if isinstance(item[1], (int, float)) else 0, item[0]))
-    return Table(columns, [[str(name), value_text(value)] for name, value in rows], caption)
+    rows = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return Facts([(str(name), value_text(value)) for name, value in rows], caption)
 
 
 def facts(values: Mapping[str, Any], caption: str) -> Facts | None:

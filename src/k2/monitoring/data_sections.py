@@ -1,6 +1,6 @@
 """Sections of the report on data: corpus, ingest, rephrasing, tokens, and the synthesised trajectories."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from k2.monitoring.blocks import (
@@ -13,7 +13,7 @@ from k2.monitoring.blocks import (
     Section,
     StageView,
     Table,
-    counts_table,
+    counts_facts,
     facts,
 )
 from k2.monitoring.figures import bars, histogram
@@ -29,7 +29,7 @@ def corpus_section(views: Views) -> Section:
     """What was collected, what was kept of it, and why the rest was not."""
     corpus, ingest, tokens = views["corpus"], views["ingest"], views["tokenize"]
     blocks: list[Block] = [_sources(corpus), *_kept(ingest)]
-    problems = counts_table(corpus.get("problems"), ("problem", "records"), "Records that could not be read.")
+    problems = counts_facts(corpus.get("problems"), "Records that could not be read.")
     if problems:
         blocks.append(problems)
     blocks.append(_tokens(tokens))
@@ -79,41 +79,30 @@ def rephrase_section(views: Views, examples: int) -> Section:
         similarity = view.metric("mean_similarity")
         text = f"Of {number(chunks)} chunks {number(accepted)} rewrites were accepted and {number(rejected)} rejected."
         blocks.append(Prose(text + (f" Mean similarity {number(similarity)}." if similarity is not None else "")))
-    blocks += _reasons(view)
-    rows = view.documents.get("rewrites.jsonl") or []
-    similarities = [row["similarity"] for row in rows if isinstance(row.get("similarity"), (int, float))]
-    if similarities:
-        figure = histogram("Similarity of rewrites to their sources", similarities, x_label="cosine similarity")
-        blocks.append(Figure(figure, "Similarity of every rewrite to its source, accepted or not."))
-    shown = _rewrites(rows, good=True)[:examples] + _rewrites(rows, good=False)[:examples]
-    return Section("rephrase", "Rephrasing", [*blocks, *(shown or [view.missing("examples of rewrites")])])
+    reasons = counts_facts(
+        view.metric("reasons"), "Why rewrites were rejected, in chunks; a chunk may have several."
+    )
+    blocks += [reasons] if reasons else []
+    blocks.append(_similarities(view))
+    pairs = [_pair(row, True) for row in (view.get("accepted_examples") or [])[:examples]]
+    pairs += [_pair(row, False) for row in (view.get("rejected_examples") or [])[:examples]]
+    return Section("rephrase", "Rephrasing", [*blocks, *(pairs or [view.missing("examples of rewrites")])])
 
 
-def _reasons(view: StageView) -> list[Block]:
-    reasons = view.get("rejected_by_reason") or view.get("reasons") or view.metric("rejected_by_reason")
-    table = counts_table(reasons, ("reason", "chunks"), "Why rewrites were rejected.")
-    return [table] if table else []
-
-
-def _rewrites(rows: Sequence[Mapping[str, Any]], *, good: bool) -> list[Pair]:
-    """Rows of `rewrites.jsonl` as pairs, readable ones first."""
-    chosen = [row for row in rows if _accepted(row) == good and row.get("source") and row.get("rewrite")]
-    chosen.sort(key=lambda row: (abs(len(row["source"]) - 500), str(row.get("id"))))
-    return [_pair(row, good) for row in chosen]
-
-
-def _accepted(row: Mapping[str, Any]) -> bool:
-    return bool(row["accepted"]) if "accepted" in row else not row.get("reasons")
+def _similarities(view: StageView) -> Block:
+    """The histogram of similarity, without empty bins at its ends."""
+    edges, counts = view.get("similarity_histogram.edges"), view.get("similarity_histogram.counts")
+    used = [index for index, count in enumerate(counts or []) if count]
+    if not used:
+        return view.missing("similarity of rewrites to their sources")
+    first, last = used[0], used[-1] + 1
+    figure = histogram("Similarity", edges[first : last + 1], counts[first:last], x_label="cosine similarity")
+    return Figure(figure, "Similarity of every rewrite to its source, accepted or not.")
 
 
 def _pair(row: Mapping[str, Any], good: bool) -> Pair:
-    reasons = row.get("reasons") or []
-    meta = [str(row[name]) for name in ("domain", "style") if row.get(name)]
-    if isinstance(row.get("similarity"), (int, float)):
-        meta.append(f"similarity {row['similarity']:.3f}")
-    meta += [reasons] if isinstance(reasons, str) else [str(reason) for reason in reasons]
-    verdict = "accepted" if good else "rejected"
-    return Pair(verdict, good, " · ".join(meta), clip(row["source"]), clip(row["rewrite"]))
+    meta = [row["style"], f"similarity {row['similarity']:.3f}", *row["reasons"]]
+    return Pair("accepted" if good else "rejected", good, " · ".join(meta), clip(row["source"]), clip(row["rewrite"]))
 
 
 def trajectory_section(views: Views) -> Section:
@@ -122,9 +111,7 @@ def trajectory_section(views: Views) -> Section:
     if not view.report:
         return Section("trajectories", "Agentic trajectories", [view.missing("trajectories")])
     blocks: list[Block] = [_trajectory_counts(view)]
-    table = counts_table(
-        view.get("rejected_by_reason"), ("criterion", "trajectories"), "Why trajectories were rejected."
-    )
+    table = counts_facts(view.get("rejected_by_reason"), "Trajectories rejected, by the criterion they failed.")
     blocks += [table] if table else []
     for key, word in (("accepted_example", "accepted"), ("rejected_example", "rejected")):
         record = view.get(key)

@@ -204,7 +204,7 @@ def _dot(index: int, item: Interval, across: _Scale, y: float) -> Markup:
 
 
 def bars(title: str, rows: Sequence[tuple[str, float]]) -> Markup:
-    """Horizontal bars with their values, longest scale first."""
+    """Horizontal bars with their values, in the order given."""
     left, right = 190, WIDTH - 70
     across = _Scale(0.0, max([value for _, value in rows] + [1e-12]), left, right)
     parts = []
@@ -217,25 +217,15 @@ def bars(title: str, rows: Sequence[tuple[str, float]]) -> Markup:
     return _svg(title, 22 * len(rows) + 8, parts)
 
 
-def histogram(title: str, values: Sequence[float], *, x_label: str, rule: tuple[float, str] | None = None) -> Markup:
-    """How often values occur, in about 24 equal bins."""
-    low, high = min(values), max(values)
-    count, width = 24, (high - low) / 24 or 1.0
-    bins = [0] * count
-    for value in values:
-        bins[min(count - 1, int((value - low) / width))] += 1
-    marks = ticks(0, max(bins), 4)
-    across, up = _Scale(low, low + count * width, LEFT, WIDTH - RIGHT), _Scale(0, marks[-1], HEIGHT - BOTTOM, TOP)
-    parts = [*_axes(across, up, ticks(low, low + count * width, 6), marks, x_label, "count")]
-    box = '<rect class="bar" x="{}" y="{}" width="{}" height="{}"/>'
-    for index, total in enumerate(bins):
-        x, y = across(low + index * width), up(total)
-        wide = across(low + (index + 1) * width) - x - 1
-        parts.append(Markup(box).format(x, y, round(wide, 1), round(HEIGHT - BOTTOM - y, 1)))
-    if rule and across.low <= rule[0] <= across.high:
-        x = across(rule[0])
-        parts.append(Markup('<line class="rule" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(x, x, TOP, HEIGHT - BOTTOM))
-        parts.append(_text(x + 5, TOP + 8, rule[1], "rule-label"))
+def histogram(title: str, edges: Sequence[float], counts: Sequence[float], *, x_label: str) -> Markup:
+    """How many values fall between neighbouring `edges`, one more of them than `counts`."""
+    marks = ticks(0, max(counts), 4)
+    across, up = _Scale(edges[0], edges[-1], LEFT, WIDTH - RIGHT), _Scale(0, marks[-1], HEIGHT - BOTTOM, TOP)
+    parts = [*_axes(across, up, ticks(edges[0], edges[-1], 6), marks, x_label, "count")]
+    box = '<rect class="bar" x="{}" y="{}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'
+    for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+        x, y = across(low), up(count)
+        parts.append(Markup(box).format(x, y, across(high) - x - 1, HEIGHT - BOTTOM - y, number(count)))
     return _svg(title, HEIGHT, parts)
 
 

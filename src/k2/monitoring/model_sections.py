@@ -166,7 +166,9 @@ def _interval(name: str, score: Mapping[str, Any]) -> Interval:
 def _score(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "–"
-    return f"{score['value']:.3g}\n{score['low']:.3g} – {score['high']:.3g}"
+    form = "{:.3f}" if score["high"] <= 1 else "{:.4g}"
+    value, low, high = (form.format(score[name]) for name in ("value", "low", "high"))
+    return f"{value}\n{low} – {high}"
 
 
 def gate_section(views: Views) -> Section:

@@ -1,6 +1,5 @@
 """The HTML report of a run: one self-contained page from whatever the run left in the store."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,13 +23,13 @@ from k2.monitoring.model_sections import (
     rl_section,
     sft_section,
 )
-from k2.store.artifacts import Artifact, open_uri
+from k2.store.artifacts import open_uri
 from k2.store.client import Store
 
 MAX_BYTES = 1_000_000
 """A report is no larger, so that it can be mailed and kept."""
 
-DOCUMENTS = {"rephrase": ("rewrites.jsonl",), "evaluate": ("evaluation.json",)}
+DOCUMENTS = {"evaluate": ("evaluation.json",)}
 """Small files besides `report.json` that the report shows."""
 
 LINEAGE_FROM = ("evaluate", "export", "quantize", "rl", "sft", "pretrain", "tokenize", "rephrase", "ingest", "corpus")
@@ -75,7 +74,7 @@ def _view(store: Store, stage: str, record: Mapping[str, Any] | None) -> StageVi
         return StageView(stage, record, problem=f"{stage} made nothing: it {_ended(record['status'])}")
     try:
         artifact = open_uri(store, record["artifact"])
-        documents = {name: _document(artifact, name) for name in DOCUMENTS.get(stage, ()) if name in artifact.files}
+        documents = {name: artifact.json(name) for name in DOCUMENTS.get(stage, ()) if name in artifact.files}
         report = artifact.json("report.json") if "report.json" in artifact.files else {}
     except (StageError, UserError, ValueError) as error:
         return StageView(stage, record, problem=str(error))
@@ -84,12 +83,6 @@ def _view(store: Store, stage: str, record: Mapping[str, Any] | None) -> StageVi
 
 def _ended(status: str) -> str:
     return {"failed": "failed", "running": "was not finished"}.get(status, f"ended as {status}")
-
-
-def _document(artifact: Artifact, name: str) -> Any:
-    if name.endswith(".jsonl"):
-        return [json.loads(line) for line in artifact.path(name).read_text(encoding="utf-8").splitlines()]
-    return artifact.json(name)
 
 
 def _lineage(store: Store, views: Mapping[str, StageView]) -> Block:
