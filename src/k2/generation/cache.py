@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 from k2.config.base import canonical_json
 from k2.generation.protocol import Completion, GenerationRequest, Generator, StreamCallback, Usage
@@ -60,5 +61,6 @@ def request_key(identity: str, request: GenerationRequest) -> str:
     return hashlib.sha256(canonical_json([identity, asdict(request)]).encode()).hexdigest()
 
 
-def _completion(value: dict[str, object]) -> Completion:
-    return Completion(**{**value, "usage": Usage(**value["usage"])})  # type: ignore[arg-type]
+def _completion(value: dict[str, Any]) -> Completion:
+    sequences = {name: tuple(value[name]) for name in ("token_ids", "logprobs", "tool_calls")}
+    return Completion(**{**value, **sequences, "usage": Usage(**value["usage"])})

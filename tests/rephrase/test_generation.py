@@ -1,0 +1,125 @@
+"""Rewriting chunk by chunk: what the model sees, what is kept, how the document is put together."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from k2.config.rephrase import RephraseConfig
+from k2.generation.protocol import Completion, GenerationRequest, StreamCallback
+from k2.rephrase.fidelity import Embedder
+from k2.rephrase.generation import plan, rewrite_all, stitch
+from k2.rephrase.prompts import KNOWLEDGE, MATHEMATICS, Turn, messages
+from k2.rephrase.results import attempt_rows, metrics, report
+from k2.rephrase.selection import choose, prose_share
+
+FIRST = "Rivers carry water from the mountains to the sea. They shape the valleys they cross.\n\n"
+SECOND = "Lakes store the water of rivers. Some of them dry out in hot summers.\n"
+REWRITES = {
+    FIRST.strip(): "Water is carried by rivers out of mountains towards the sea, and the valleys are shaped on the way.",
+    SECOND.strip(): "River water is stored by lakes, and in hot summers a few of these lakes dry out.",
+}
+
+
+class Author:
+    """A generator that knows both rewrites; seeds listed as bad get nonsense."""
+
+    identity = "author"
+
+    def __init__(self, bad: Sequence[str] = ()) -> None:
+        self.bad = bad
+        self.calls: list[list[GenerationRequest]] = []
+
+    def generate(
+        self, requests: Sequence[GenerationRequest], *, stream: StreamCallback | None = None
+    ) -> list[Completion]:
+        self.calls.append(list(requests))
+        chunks = [request.messages[-1]["content"].rpartition("\n\n")[2] for request in requests]
+        return [Completion("Nothing of that." if chunk in self.bad else REWRITES[chunk]) for chunk in chunks]
+
+
+@pytest.fixture(scope="module")
+def embedder() -> Embedder:
+    return Embedder()
+
+
+def document(name: str, domain: str = "knowledge", text: str = FIRST + SECOND) -> dict[str, str]:
+    return {"id": name, "domain": domain, "source": "test", "text": text}
+
+
+def config(**values: object) -> RephraseConfig:
+    return RephraseConfig(**{"chunk_tokens": 20, "min_words": 5, **values})
+
+
+def test_chunks_see_what_came_before_and_are_stitched(embedder: Embedder, progress) -> None:
+    author, settings = Author(), config()
+    jobs = plan([document("a"), document("b")], settings)
+    rewrite_all(jobs, author, embedder, settings, progress)
+    assert [len(call) for call in author.calls] == [4, 4], "two waves over two rewrites of two documents"
+    roles = [message["role"] for message in author.calls[1][0].messages]
+    assert roles == ["system", "user", "assistant", "user"]
+    assert author.calls[1][0].messages[2]["content"] == REWRITES[FIRST.strip()]
+    assert stitch(jobs[0], "drop") == REWRITES[FIRST.strip()] + "\n\n" + REWRITES[SECOND.strip()] + "\n"
+    assert len({job.style for job in jobs[:2]}) == 2
+    assert metrics(jobs)["context_chunks"] == 4
+    assert progress.updates[-1]["accepted"] == 8
+
+
+def test_a_rejected_chunk_stays_original_or_is_dropped(embedder: Embedder, progress) -> None:
+    settings = config(rewrites_per_document=1)
+    author = Author(bad=[FIRST.strip()])
+    jobs = plan([document("a")], settings)
+    rewrite_all(jobs, author, embedder, settings, progress)
+    assert stitch(jobs[0], "keep_original") == FIRST + REWRITES[SECOND.strip()] + "\n"
+    assert stitch(jobs[0], "drop") == REWRITES[SECOND.strip()] + "\n"
+    assert "Rivers carry water" in author.calls[1][0].messages[-1]["content"], "the source is still context"
+    counted = metrics(jobs)
+    assert (counted["chunks"], counted["accepted"], counted["rejected"]) == (2, 1, 1)
+    assert counted["reasons"]["similarity"] == 1
+    assert report(jobs)["rejected_examples"][0]["rewrite"] == "Nothing of that."
+
+
+def test_no_accepted_chunk_means_no_rewritten_document(embedder: Embedder, progress) -> None:
+    settings = config(rewrites_per_document=1)
+    jobs = plan([document("a")], settings)
+    rewrite_all(jobs, Author(bad=[FIRST.strip(), SECOND.strip()]), embedder, settings, progress)
+    assert stitch(jobs[0], "keep_original") is None
+
+
+def test_every_candidate_is_recorded_and_one_is_kept(embedder: Embedder, progress) -> None:
+    settings = config(candidates=3, rewrites_per_document=1)
+    author = Author()
+    jobs = plan([document("a")], settings)
+    rewrite_all(jobs, author, embedder, settings, progress)
+    rows = list(attempt_rows(jobs))
+    assert len(rows) == 6
+    assert sum(row["kept"] for row in rows) == 2
+    assert [row["context"] for row in rows] == [False] * 3 + [True] * 3
+    assert len({request.seed for call in author.calls for request in call}) == 6
+
+
+def test_context_is_bounded(embedder: Embedder, progress) -> None:
+    settings = config(context_tokens=0)
+    author = Author()
+    jobs = plan([document("a")], settings)
+    rewrite_all(jobs, author, embedder, settings, progress)
+    assert all(len(request.messages) == 2 for call in author.calls for request in call)
+    assert metrics(jobs)["context_chunks"] == 0
+
+
+def test_choice_takes_turns_between_domains_and_prefers_prose() -> None:
+    table = "| 1 | 2 | 3 |\n" * 20
+    rows = [document("k1"), document("m1", "math"), document("k2"), document("c", "code")]
+    rows += [document("m2", "math", table), document("short", text="Too short.")]
+    chosen = [row["id"] for row in choose(rows, config(max_documents=4))]
+    assert [name[0] for name in chosen] == ["k", "m", "k", "m"]
+    assert chosen.index("m1") < chosen.index("m2")
+    assert choose(reversed(rows), config(max_documents=4)) == choose(rows, config(max_documents=4))
+    assert prose_share(table) < 0.1 < 0.9 < prose_share(FIRST)
+
+
+def test_prompts_are_diverse_and_mathematics_becomes_a_learning_note() -> None:
+    assert len({(style.style, style.perspective) for style in KNOWLEDGE}) >= 4
+    assert {style.style for style in MATHEMATICS} == {"learning note"}
+    asked = messages(KNOWLEDGE[0], "chunk", [Turn("kept out", None), Turn("source", "rewrite")])
+    assert "kept out" in asked[1]["content"]
+    assert asked[2] == {"role": "assistant", "content": "rewrite"}
