@@ -21,6 +21,7 @@ class TaskShape:
     """How large tasks are: tools an agent has, records in the world, goals a user has, and the hardest level.
 
     Level 1 is one call with everything said; level 2 needs a question or a value read first; level 3 has follow-ups.
+    `terse` keeps system prompts to one short sentence.
     """
 
     min_tools: int
@@ -28,6 +29,7 @@ class TaskShape:
     records: int
     max_goals: int
     max_difficulty: int
+    terse: bool = False
 
 
 def persona(rng: random.Random) -> Persona:
@@ -35,9 +37,10 @@ def persona(rng: random.Random) -> Persona:
     return Persona.model_validate({"name": rng.choice(NAMES), "style": rng.choice(STYLES)})
 
 
-def system_prompt(subject: str, rng: random.Random) -> str:
+def system_prompt(subject: str, shape: TaskShape, rng: random.Random) -> str:
     """A short role and up to two rules."""
-    return " ".join([rng.choice(ROLES).format(subject), *rng.sample(RULES, rng.randint(0, 2))])
+    rules = rng.sample(RULES, 0 if shape.terse else rng.randint(0, 2))
+    return " ".join([rng.choice(ROLES).format(subject), *rules])
 
 
 def domain_task(domain: Domain, shape: TaskShape, task_id: str, rng: random.Random) -> Task:
@@ -55,7 +58,7 @@ def domain_task(domain: Domain, shape: TaskShape, task_id: str, rng: random.Rand
         id=task_id,
         world=f"evolved:{domain.name}",
         difficulty=difficulty,
-        agent=Agent(system=system_prompt(domain.name, rng), tools=tuple(tools)),
+        agent=Agent(system=system_prompt(domain.name, shape, rng), tools=tuple(tools)),
         persona=persona(rng),
         goals=goals,
         initial=initial,

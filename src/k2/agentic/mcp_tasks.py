@@ -28,7 +28,7 @@ def mcp_task(server: str, tools: Sequence[ToolSpec], shape: TaskShape, task_id: 
 
 def _time_task(tools: Sequence[ToolSpec], shape: TaskShape, task_id: str, rng: random.Random) -> Task:
     count = rng.randint(1, shape.max_goals) if shape.max_difficulty > 2 else 1
-    return _task("time", tools, tuple(_convert(rng) for _ in range(count)), {}, {}, task_id, rng)
+    return _task("time", tools, shape, tuple(_convert(rng) for _ in range(count)), ({}, {}), task_id, rng)
 
 
 def _convert(rng: random.Random) -> Goal:
@@ -62,32 +62,35 @@ def _git_task(tools: Sequence[ToolSpec], shape: TaskShape, task_id: str, rng: ra
         if made is not None:
             goals.append(made[0])
             state = made[1]
-    task = _task("git", tools, tuple(goals), initial, state, task_id, rng, extra=max(0, shape.max_tools - 2))
+    task = _task("git", tools, shape, tuple(goals), (initial, state), task_id, rng)
     return task.model_copy(update={"initial": recipe})
 
 
 def _task(
     server: str,
     tools: Sequence[ToolSpec],
+    shape: TaskShape,
     goals: tuple[Goal, ...],
-    initial: State,
-    final: State,
+    states: tuple[State, State],
     task_id: str,
     rng: random.Random,
-    extra: int = 0,
 ) -> Task:
+    """A task from its goals and the states before and after; the agent gets the tools it needs and some others."""
     used = {call.tool for goal in goals for call in goal.calls}
     others = [tool.name for tool in tools if tool.name not in used | VOLATILE_TOOLS]
-    chosen = used | set(rng.sample(others, min(len(others), rng.randint(0, extra))))
-    changes, keeps = expected_changes(initial, final)
+    spare = max(0, min(len(others), shape.max_tools - len(used)))
+    chosen = used | set(rng.sample(others, rng.randint(0, spare)))
+    changes, keeps = expected_changes(*states)
     return Task(
         id=task_id,
         world=f"mcp:{server}",
         difficulty=min(3, len(goals) + 1),
-        agent=Agent(system=system_prompt(server, rng), tools=tuple(tool for tool in tools if tool.name in chosen)),
+        agent=Agent(
+            system=system_prompt(server, shape, rng), tools=tuple(tool for tool in tools if tool.name in chosen)
+        ),
         persona=persona(rng),
         goals=goals,
-        initial=initial,
+        initial=states[0],
         rubric=Rubric(
             changes=changes,
             keeps=keeps,

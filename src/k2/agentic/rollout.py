@@ -107,8 +107,11 @@ class ModelPolicy:
 
 
 def assistant_message(history: Sequence[Message], completion: Completion) -> Message:
-    """A completion as the next message of a dialog, its calls numbered on from those of `history`."""
-    content, parsed = parse_assistant(completion.text)
+    """A completion as the next message of a dialog, its calls numbered on from those of `history`.
+
+    A completion that failed says nothing: its text is the reason, not the model's words.
+    """
+    content, parsed = parse_assistant("" if completion.finish_reason == "error" else completion.text)
     calls: Sequence[Mapping[str, Any]] = completion.tool_calls or parsed
     first = sum(len(message.get("tool_calls") or ()) for message in history)
     numbered = [

@@ -135,7 +135,14 @@ def report(records: Sequence[Record], repository: Repository) -> Record:
 def _task(repository: Repository, task_id: str, mcp_share: float, *, heldout: bool) -> Task:
     config = repository.config
     rng = random.Random(f"{config.seed}/{task_id}")
-    shape = TaskShape(config.min_tools, config.max_tools, config.records, config.max_goals, config.max_difficulty)
+    shape = TaskShape(
+        config.min_tools,
+        config.max_tools,
+        config.records,
+        config.max_goals,
+        config.max_difficulty,
+        config.terse,
+    )
     if rng.random() < mcp_share:
         server = rng.choice(repository.split_servers(heldout=heldout))
         return mcp_task(server, repository.listed[server], shape, task_id, rng)

@@ -34,7 +34,7 @@ class SynthesizeConfig(StageSection):
     )
     servers: tuple[ServerName, ...] = setting(("git", "time"), "real MCP servers to start over stdio")
     heldout_servers: tuple[ServerName, ...] = setting(("time",), "MCP servers kept for evaluation")
-    terse: bool = setting(False, "shorten MCP declarations to required parameters, for short contexts")
+    terse: bool = setting(False, "short system prompts, MCP declarations of required parameters: for short contexts")
     tasks: int = setting(50000, "training tasks, one trajectory each", ge=1)
     heldout_tasks: int = setting(1000, "tasks on held-out domains and servers, written for evaluation", ge=0)
     mcp_share: float = setting(0.15, "share of tasks that run on real MCP servers", ge=0, le=1)

@@ -11,6 +11,7 @@ from k2.agentic.tasks import Task
 from k2.config.base import canonical_json
 from k2.config.synthesize import SynthesizeConfig
 from k2.execution.contract import Progress, StageResult
+from k2.generation.factory import build_generator
 from k2.store.artifacts import Artifact, ArtifactWriter
 
 
@@ -59,9 +60,7 @@ def _play_in_shards(
 def _policy(config: SynthesizeConfig) -> Policy:
     if config.generator is None:
         return PlannerPolicy(config.mistake_rate, config.recovery_rate)
-    from k2.generation.factory import make_generator  # imports torch; the planner needs none
-
-    return ModelPolicy(make_generator(config.generator), config.temperature, config.max_tokens)
+    return ModelPolicy(build_generator(config.generator), config.temperature, config.max_tokens)
 
 
 def _write(output: ArtifactWriter, name: str, rows: Iterable[dict[str, Any]]) -> None:
