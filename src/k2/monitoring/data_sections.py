@@ -79,9 +79,7 @@ def rephrase_section(views: Views, examples: int) -> Section:
         similarity = view.metric("mean_similarity")
         text = f"Of {number(chunks)} chunks {number(accepted)} rewrites were accepted and {number(rejected)} rejected."
         blocks.append(Prose(text + (f" Mean similarity {number(similarity)}." if similarity is not None else "")))
-    reasons = counts_facts(
-        view.metric("reasons"), "Why rewrites were rejected, in chunks; a chunk may have several."
-    )
+    reasons = counts_facts(view.metric("reasons"), "Why rewrites were rejected, in chunks; a chunk may have several.")
     blocks += [reasons] if reasons else []
     blocks.append(_similarities(view))
     pairs = [_pair(row, True) for row in (view.get("accepted_examples") or [])[:examples]]

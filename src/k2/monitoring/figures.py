@@ -16,6 +16,9 @@ MAX_POINTS = 240
 
 COLOURS = 8
 
+TINY = 1e-30
+"""Differences below are drawn as none."""
+
 Values = Sequence[float | None]
 
 
@@ -51,12 +54,14 @@ class _Scale:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers that span [low, high], about `count` of them."""
-    span = high - low or abs(high) or 1.0
+    """Round numbers that span [low, high], about `count` of them; a flat range gets the step of its own size."""
+    size, span = max(abs(low), abs(high)), high - low
+    if span <= max(1e-9 * size, TINY):
+        span = size if size > TINY else 1.0
     power = 10.0 ** math.floor(math.log10(span / count))
     step = next(step * power for step in (1, 2, 2.5, 5, 10) if span / (step * power) <= count)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, max(last, first + 1) + 1)]
 
 
 def thin(count: int, limit: int = MAX_POINTS) -> list[int]:
