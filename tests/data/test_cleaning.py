@@ -5,24 +5,28 @@ import random
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
+from datatrove.pipeline.dedup import MinhashDedupSignature
+from datatrove.pipeline.dedup.minhash import MinhashConfig
+from datatrove.utils.hashing import HashConfig
 from hypothesis import given
 from hypothesis import strategies as st
 
 from k2.config.ingest import IngestConfig, MinHashConfig, QualityConfig
 from k2.data.cleaning import normalize
-from k2.data.deduplicate import normalize_and_cluster
+from k2.data.deduplicate import WORDS, BlockwiseSignature, normalize_and_cluster
 from k2.data.documents import write_rows
 from k2.data.domains import DomainClassifier
 from k2.data.heldout import HeldoutGuard, content_digest, score
 from k2.data.ingestion import Ingestion
 from k2.data.quality import QualityFilter
 
-WORDS = [f"{a}{b}{c}" for a in "bdfgkl" for b in "aeiou" for c in ("n", "r", "st", "mp", "lk", "")]
+SYLLABLES = [f"{a}{b}{c}" for a in "bdfgkl" for b in "aeiou" for c in ("n", "r", "st", "mp", "lk", "")]
 
 
 def text(rng: random.Random, words: int) -> str:
-    return " ".join(rng.choice(WORDS) for _ in range(words))
+    return " ".join(rng.choice(SYLLABLES) for _ in range(words))
 
 
 @given(st.text())
@@ -68,6 +72,14 @@ def test_near_duplicates_are_found_across_shards_and_others_are_not(tmp_path, ca
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("shingles", [1, 4096, 4097, 20_000])
+def test_blockwise_signatures_are_datatroves(tmp_path, shingles):
+    config = MinhashConfig(hash_config=HashConfig(hash_fc="sha1"))
+    values = np.random.default_rng(0).integers(2**63, size=(shingles, 1), dtype=np.uint64)
+    whole, blockwise = (kind(str(tmp_path), config, WORDS) for kind in (MinhashDedupSignature, BlockwiseSignature))
+    assert blockwise.get_signature(values) == whole.get_signature(values)
+
+
 def test_digest_and_score():
     assert content_digest("A  b\n") == content_digest("a B") != content_digest("ab")
     scores = [score(content_digest(str(i)), 5) / 2**64 for i in range(2000)]
@@ -93,7 +105,9 @@ def test_classifier_learns_is_deterministic_and_reports_every_domain():
         "math": lambda: (
             f"Let x = {rng.randint(1, 99)}. Then x^2 + {rng.randint(1, 9)} = 0 has the root {text(rng, 9)}."
         ),
-        "code": lambda: f"def {rng.choice(WORDS)}(a):\n    for {rng.choice(WORDS)} in a:\n        return {{}}\n",
+        "code": lambda: (
+            f"def {rng.choice(SYLLABLES)}(a):\n    for {rng.choice(SYLLABLES)} in a:\n        return {{}}\n"
+        ),
         "web": lambda: f"Click here to subscribe! {text(rng, 12)}",
         "knowledge": lambda: f"The {text(rng, 2)} is a kind of {text(rng, 12)}, found in the north.",
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupSignature
@@ -16,6 +17,7 @@ from datatrove.pipeline.writers import JsonlWriter
 from datatrove.utils.hashing import HashConfig
 from datatrove.utils.text import TextNormConfig
 from datatrove.utils.word_tokenizers import WhitespaceTokenizer
+from numpy.typing import NDArray
 
 from k2.config.ingest import MinHashConfig
 from k2.data.cleaning import normalize_documents
@@ -30,6 +32,21 @@ class SpaceSeparatedWords(WhitespaceTokenizer):  # type: ignore[misc]  # datatro
 
 
 WORDS = SpaceSeparatedWords()
+_BLOCK = 4096
+
+
+class BlockwiseSignature(MinhashDedupSignature):  # type: ignore[misc]
+    """The same signatures in bounded memory: datatrove's takes about 2 kB for each word of the longest document."""
+
+    def get_signature(self, shingles: NDArray[np.uint64]) -> list[list[int]]:
+        """The minimum over blocks of shingles is the minimum over all; buckets as lists of hashes."""
+        blocks = [super(BlockwiseSignature, self).get_signature(b) for b in np.split(shingles, _cuts(len(shingles)))]
+        signature: list[list[int]] = np.min(np.asarray(blocks, dtype=np.uint64), axis=0).tolist()
+        return signature
+
+
+def _cuts(length: int) -> range:
+    return range(_BLOCK, length, _BLOCK)
 
 
 def normalize_and_cluster(
@@ -55,7 +72,7 @@ def normalize_and_cluster(
         JsonlReader(str(raw), adapter=_adapt),
         normalize_documents,
         JsonlWriter(clean, output_filename="${rank}.jsonl", compression=None, adapter=_flatten),
-        MinhashDedupSignature(signatures, minhash, language=WORDS),
+        BlockwiseSignature(signatures, minhash, language=WORDS),
     ]
     _execute(read_and_sign, scratch / "logs-sign", tasks=shards, workers=min(workers, shards))
     _execute([MinhashDedupBuckets(signatures, pairs, config=minhash)], scratch / "logs-pairs", config.buckets, 1)
