@@ -53,10 +53,11 @@ def row(claim: str, ours: Step, peers: dict[str, Step], target: float, rounds: i
     }
 
 
-def peer_model(config: ModelConfig) -> DeepseekV3ForCausalLM:
+def peer_model(config: ModelConfig) -> Any:
     """transformers' model of the same shape with its default kernels."""
     torch.manual_seed(0)
-    return DeepseekV3ForCausalLM(DeepseekV3Config(**to_hf_config(config))).eval()
+    model: Any = DeepseekV3ForCausalLM(DeepseekV3Config(**to_hf_config(config)))
+    return model.eval()
 
 
 def training(name: str, shape: dict[str, Any], rounds: int) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from k2.model.layers import GatedMLP, swiglu, upcast
 from k2.model.layout import routed_scaling
 
 WeightTransform = Callable[[Tensor], Tensor]
-MAX_PADDING = 2.0  # padded rows per real row up to which one batched product beats a product per expert
 
 
 @dataclass(frozen=True)
@@ -86,39 +85,23 @@ def bias_step(counts_E: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where rows lie: `slots_TS` is the row of each (token, choice), `source_N` the pair of each row.
+    """Rows ordered by expert: `slots_TS` is the row of each (token, choice), `source_N` the pair of each row.
 
-    Rows of one expert are contiguous. With `capacity` every expert has that many rows and unused ones are
-    marked in `used_N`; without, expert e has exactly `counts[e]`.
+    Expert e owns `counts[e]` contiguous rows.
     """
 
     slots_TS: Tensor
     source_N: Tensor
-    used_N: Tensor | None
     counts: list[int]
-    capacity: int | None
 
 
 def arrange(experts_TS: Tensor, count: int) -> Blocks:
-    """Order (token, choice) pairs by expert; pad to equal blocks where that wastes little."""
+    """Order (token, choice) pairs by expert, pairs of one expert in token order."""
     chosen = experts_TS.flatten()
     order = chosen.argsort(stable=True)
-    counts_E = torch.bincount(chosen, minlength=count)
-    counts: list[int] = counts_E.tolist()
-    capacity = max(counts)
     slots = torch.empty_like(order)
-    if capacity * count > MAX_PADDING * len(order):
-        slots[order] = torch.arange(len(order), device=order.device)
-        return Blocks(slots.view_as(experts_TS), order, None, counts, None)
-    starts_E = counts_E.cumsum(0) - counts_E
-    shift_E = torch.arange(count, device=order.device) * capacity - starts_E
-    rows = torch.arange(len(order), device=order.device) + shift_E[chosen[order]]
-    slots[order] = rows
-    source = order.new_zeros(count * capacity)
-    source[rows] = order
-    used = torch.zeros(count * capacity, dtype=torch.bool, device=order.device)
-    used[rows] = True
-    return Blocks(slots.view_as(experts_TS), source, used, counts, capacity)
+    slots[order] = torch.arange(len(order), device=order.device)
+    return Blocks(slots.view_as(experts_TS), order, torch.bincount(chosen, minlength=count).tolist())
 
 
 class _Gather(torch.autograd.Function):
@@ -147,8 +130,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
         blocks: Blocks = ctx.blocks
-        rows = grad_TD.index_select(0, blocks.source_N // blocks.slots_TS.shape[1])
-        return rows if blocks.used_N is None else rows.mul_(blocks.used_N[:, None]), None
+        return grad_TD.index_select(0, blocks.source_N // blocks.slots_TS.shape[1]), None
 
 
 def _sum_rows(rows_ND: Tensor, slots_TS: Tensor) -> Tensor:
@@ -164,7 +146,8 @@ class _SegmentProduct(torch.autograd.Function):
         ctx.counts = counts
         output = rows.new_empty(rows.shape[0], weight.shape[1])
         for x, w, y in zip(rows.split_with_sizes(counts), weight, output.split_with_sizes(counts), strict=True):
-            torch.mm(x, w.T, out=y)
+            if len(x):
+                torch.mm(x, w.T, out=y)
         return output
 
     @staticmethod
@@ -185,11 +168,13 @@ class _SegmentProduct(torch.autograd.Function):
 
 
 def grouped_product(rows: Tensor, weight: Tensor, blocks: Blocks) -> Tensor:
-    """Multiply each expert's rows [., I] with its matrix of `weight` [E, O, I]; gives [N, O]."""
-    if blocks.capacity is None:
-        result: Tensor = _SegmentProduct.apply(rows, weight, blocks.counts)  # type: ignore[no-untyped-call]
-        return result
-    return torch.bmm(rows.view(-1, blocks.capacity, rows.shape[-1]), weight.transpose(1, 2)).flatten(0, 1)
+    """Multiply each expert's rows [., I] with its matrix of `weight` [E, O, I]; gives [N, O].
+
+    One product per expert, straight into its slice: batched products over blocks padded to the largest
+    expert were slower at every shape measured, because routing is never quite balanced.
+    """
+    result: Tensor = _SegmentProduct.apply(rows, weight, blocks.counts)  # type: ignore[no-untyped-call]
+    return result
 
 
 class Experts(nn.Module):
