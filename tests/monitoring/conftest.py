@@ -94,6 +94,12 @@ def _trajectory(*, accepted: bool) -> dict[str, Any]:
     }
 
 
+def _samples(models: list[str]) -> dict[str, list[dict[str, Any]]]:
+    problem = {"task": "addition_3", "prompt": "123 + 456 ="}
+    wrong, right = {"answer": "578", "score": 0.0}, {"answer": "579", "score": 1.0}
+    return {name: [problem | (right if name in ("rl", "int4") else wrong)] * 2 for name in models}
+
+
 def _reports() -> dict[str, dict[str, Any]]:
     rl_steps = range(1, 121)
     sources = {"python-docs": 812, "stdlib": 2411, "sympy": 1203, "scipy": 990}
@@ -152,7 +158,7 @@ def _reports() -> dict[str, dict[str, Any]]:
             "examples": [{"prompt": "17 + 25 =", "before": "32", "after": "42", "passed": True}] * 3,
         },
         "quantize": {"curves": {"step": [1, 2, 3], "loss": [0.51, 0.47, None]}},
-        "evaluate": {"evaluation.json": {"models": models, "final": "int4"}},
+        "evaluate": {"models": models, "order": list(models), "final": "int4", "samples": _samples(list(models))},
         "gate": {"promote": True, "alias": "champion", "reasons": ["pass: addition_3/greedy 0.62 is at least 0.1"]},
     }
 
@@ -184,8 +190,6 @@ def publish(
 
 
 def _contents(stage: str, report: dict[str, Any]) -> dict[str, str]:
-    if stage == "evaluate":
-        return {"evaluation.json": json.dumps(report["evaluation.json"])}
     return {"report.json": json.dumps(report)} if report else {"file": stage}
 
 

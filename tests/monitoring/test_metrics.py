@@ -60,11 +60,11 @@ def test_progress_becomes_metrics_that_parse() -> None:
 
 def test_totals_become_increments_and_a_resumed_total_counts_once() -> None:
     metrics = StageMetrics("rephrase", "r2")
-    for accepted, rejected in ((10, 1), (12, 1), (12, 4)):
-        metrics.progress(0.5, 1.0, None, {"accepted": accepted, "rejected": rejected})
+    for done, accepted in ((11, 10), (13, 12), (16, 12)):
+        metrics.progress(done, 20, 1.0, None, {"accepted": accepted})
     assert value("k2_rephrase_accepted_total", stage="rephrase", run="r2") == 12
     assert value("k2_rephrase_rejected_total", stage="rephrase", run="r2") == 4
-    StageMetrics("synthesize", "r2").progress(1.0, 1.0, None, {"accepted": 7})
+    StageMetrics("synthesize", "r2").progress(7, 7, 1.0, None, {"accepted": 7})
     assert value("k2_trajectories_accepted_total", stage="synthesize", run="r2") == 7
 
 
@@ -82,7 +82,7 @@ def test_serving_on_loopback_and_a_port_that_is_taken(
         port = probe.getsockname()[1]
     monkeypatch.setenv("K2_METRICS_PORT", str(port))
     serve_from_environment()
-    StageMetrics("rl", "r4").progress(0.25, 1.0, None, {"reward": 0.5})
+    StageMetrics("rl", "r4").progress(1, 4, 1.0, None, {"reward": 0.5})
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as response:
         assert b'k2_reward{run="r4",stage="rl"} 0.5' in response.read()
     assert not caplog.records

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from k2.monitoring.report import MAX_BYTES, Run, collect, render_report, timeline
-from k2.monitoring.run_record import read_run
+from k2.monitoring.run_record import read_run, write_stage_record
 from k2.store.artifacts import Artifact
 from k2.store.client import Store
 
@@ -146,3 +146,15 @@ def test_every_stage_has_a_view(store: Store, example_run: Example, tmp_path: Pa
     assert views["corpus"].get("sources.scipy.nothing") is None
     assert views["ingest"].problem == "ingest made nothing: it failed"
     assert views["promote"].problem == "promote did not run"
+
+
+def test_data_of_another_shape_cost_their_section_and_say_so(
+    store: Store, example_run: Example, make_artifact: Callable[..., Artifact], caplog: pytest.LogCaptureFixture
+) -> None:
+    example_run(store, "r9")
+    other = make_artifact("synthesize", {"report.json": b'{"accepted_example": {"messages": 3}}'})
+    write_stage_record(store, "r9", {"stage": "synthesize", "status": "done", "artifact": other.uri})
+    text = Page(render(store, "r9", "done")).text
+    assert "This section: its data have another shape" in text
+    assert "Of 61 chunks" in text
+    assert "section trajectories cannot be made" in caplog.text

@@ -8,6 +8,9 @@ from markupsafe import Markup
 
 from k2.monitoring.format import value_text
 
+EXAMPLE_CHARACTERS = 1600
+"""Longest text of an example; the rest is an ellipsis."""
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -68,11 +71,20 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """One message of a dialog: who, what, and the calls as (tool, arguments)."""
+
+    role: str
+    text: str
+    calls: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Chat:
-    """A dialog to read: OpenAI-style messages and the names of the tools that were offered."""
+    """A dialog to read, and the names of the tools that were offered."""
 
     caption: str
-    messages: Sequence[Mapping[str, Any]]
+    turns: Sequence[Turn]
     tools: Sequence[str]
     kind: str = field(default="chat", init=False)
 
@@ -103,14 +115,12 @@ class StageView:
     """One stage of the run as the report sees it.
 
     report: content of its `report.json`; empty when there is none.
-    documents: other small files it published that the report shows, by name.
     problem: why its artifact could not be read, or why there is none.
     """
 
     name: str
     record: Mapping[str, Any] = field(default_factory=dict)
     report: Mapping[str, Any] = field(default_factory=dict)
-    documents: Mapping[str, Any] = field(default_factory=dict)
     problem: str = ""
 
     def get(self, path: str) -> Any:
@@ -153,3 +163,8 @@ def facts(values: Mapping[str, Any], caption: str) -> Facts | None:
 def metric_facts(view: StageView, caption: str) -> Block:
     """Scalar metrics of a stage."""
     return facts(dict(sorted((view.record.get("metrics") or {}).items())), caption) or view.missing(caption)
+
+
+def clip(text: str, limit: int = EXAMPLE_CHARACTERS) -> str:
+    """The beginning of a text."""
+    return text if len(text) <= limit else text[:limit].rstrip() + " …"

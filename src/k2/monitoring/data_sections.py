@@ -10,22 +10,21 @@ from k2.monitoring.blocks import (
     Missing,
     Pair,
     Prose,
-    Section,
     StageView,
     Table,
+    Turn,
+    clip,
     counts_facts,
     facts,
 )
 from k2.monitoring.figures import bars, histogram
 from k2.monitoring.format import number, size
+from k2.serving.chat_template import content_text
 
 Views = Mapping[str, StageView]
 
-EXAMPLE_CHARACTERS = 1600
-"""Longest text of an example; the rest is an ellipsis."""
 
-
-def corpus_section(views: Views) -> Section:
+def corpus_section(views: Views) -> list[Block]:
     """What was collected, what was kept of it, and why the rest was not."""
     corpus, ingest, tokens = views["corpus"], views["ingest"], views["tokenize"]
     blocks: list[Block] = [_sources(corpus), *_kept(ingest)]
@@ -33,7 +32,7 @@ def corpus_section(views: Views) -> Section:
     if problems:
         blocks.append(problems)
     blocks.append(_tokens(tokens))
-    return Section("corpus", "Corpus", blocks)
+    return blocks
 
 
 def _sources(corpus: StageView) -> Block:
@@ -68,7 +67,7 @@ def _tokens(tokens: StageView) -> Block:
     return block or tokens.missing("tokens")
 
 
-def rephrase_section(views: Views, examples: int) -> Section:
+def rephrase_section(views: Views, examples: int) -> list[Block]:
     """How many rewrites were accepted, why the others were not, and some of each to read."""
     view = views["rephrase"]
     blocks: list[Block] = []
@@ -84,7 +83,7 @@ def rephrase_section(views: Views, examples: int) -> Section:
     blocks.append(_similarities(view))
     pairs = [_pair(row, True) for row in (view.get("accepted_examples") or [])[:examples]]
     pairs += [_pair(row, False) for row in (view.get("rejected_examples") or [])[:examples]]
-    return Section("rephrase", "Rephrasing", [*blocks, *(pairs or [view.missing("examples of rewrites")])])
+    return [*blocks, *(pairs or [view.missing("examples of rewrites")])]
 
 
 def _similarities(view: StageView) -> Block:
@@ -103,18 +102,18 @@ def _pair(row: Mapping[str, Any], good: bool) -> Pair:
     return Pair("accepted" if good else "rejected", good, " · ".join(meta), clip(row["source"]), clip(row["rewrite"]))
 
 
-def trajectory_section(views: Views) -> Section:
+def trajectory_section(views: Views) -> list[Block]:
     """How the trajectories were judged, how far the judge can be trusted, and one of each kind to read."""
     view = views["synthesize"]
     if not view.report:
-        return Section("trajectories", "Agentic trajectories", [view.missing("trajectories")])
+        return [view.missing("trajectories")]
     blocks: list[Block] = [_trajectory_counts(view)]
     table = counts_facts(view.get("rejected_by_reason"), "Trajectories rejected, by the criterion they failed.")
     blocks += [table] if table else []
     for key, word in (("accepted_example", "accepted"), ("rejected_example", "rejected")):
         record = view.get(key)
         blocks.append(_chat(record, word) if record else Missing(f"example of a trajectory that was {word}"))
-    return Section("trajectories", "Agentic trajectories", blocks)
+    return blocks
 
 
 def _trajectory_counts(view: StageView) -> Block:
@@ -129,9 +128,10 @@ def _chat(record: Mapping[str, Any], word: str) -> Chat:
     scores = ", ".join(f"{name} {number(value)}" for name, value in (record.get("scores") or {}).items())
     reasons = f" because of {', '.join(record['reasons'])}" if record.get("reasons") else ""
     caption = f"Trajectory {record['id']}, {word}{reasons}. Scores: {scores}." if scores else f"Trajectory, {word}."
-    return Chat(caption, record["messages"], tools)
+    return Chat(caption, [_turn(message) for message in record["messages"]], tools)
 
 
-def clip(text: str, limit: int = EXAMPLE_CHARACTERS) -> str:
-    """The beginning of a text."""
-    return text if len(text) <= limit else text[:limit].rstrip() + " …"
+def _turn(message: Mapping[str, Any]) -> Turn:
+    functions = [call["function"] for call in message.get("tool_calls") or []]
+    calls = [(function["name"], str(function["arguments"])) for function in functions]
+    return Turn(message["role"], content_text(message.get("content")), calls)

@@ -135,7 +135,7 @@ class StageProgress:
             line |= {"rate": round(rate, 4), "eta_s": round((total - done) / rate, 1)}
         self._sink.append(self._stage, "progress", **line)
         tokens = self._token_rate.add(now, values["tokens"]) if "tokens" in values else None
-        self._metrics.progress(done / total if total else 1.0, now - self._started, tokens, values)
+        self._metrics.progress(done, total, now - self._started, tokens, values)
 
     def event(self, kind: str, **values: Any) -> None:
         """Pass an event on, the first `MAX_EVENTS` of its kind; the end of the stage tells how many were not."""
@@ -195,7 +195,7 @@ def progress_text(values: Mapping[str, Any]) -> str:
     parts = [f"{short(done)}/{short(total)} {unit}{share}"]
     if values.get("rate"):
         parts += [f"{short(values['rate'])} {unit}/s", f"{clock(values['eta_s'])} left"]
-    return " · ".join([*parts, *filter(None, [key_metric(dict(values))])])
+    return " · ".join([*parts, *filter(None, [key_metric(values)])])
 
 
 def progress_for(stage: str) -> StageProgress:

@@ -1,6 +1,7 @@
 """Numbers as people read them, the same in the terminal and in the report."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -74,8 +75,8 @@ _ARROWS = (
 _SINGLE = ("reward", "accuracy", "loss", "accepted", "documents", "tokens", "promoted")
 
 
-def key_metric(values: dict[str, Any]) -> str:
-    """The one thing worth a column: `loss 6.21 → 3.04`, `accepted 41`; empty when there is none."""
+def key_metric(values: Mapping[str, Any]) -> str:
+    """The one thing worth a column: `loss 6.21 → 3.04`, `accepted 41`, or the name of the present step."""
     for first, last, name in _ARROWS:
         if isinstance(values.get(first), (int, float)) and isinstance(values.get(last), (int, float)):
             return f"{name} {values[first]:.3g} → {values[last]:.3g}"
@@ -84,4 +85,4 @@ def key_metric(values: dict[str, Any]) -> str:
             return f"{name} {value_text(values[name])}"
         if isinstance(values.get(name), (int, float)):
             return f"{name} {short(values[name])}"
-    return ""
+    return values["step"] if isinstance(values.get("step"), str) else ""

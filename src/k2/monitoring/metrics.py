@@ -68,13 +68,16 @@ class StageMetrics:
         self._stage, self._run = stage, run
         self._totals: dict[str, float] = {}
 
-    def progress(self, ratio: float, elapsed: float, token_rate: float | None, values: Mapping[str, Any]) -> None:
-        """Take in one progress update; `tokens`, `accepted` and `rejected` are totals so far."""
-        PROGRESS.labels(self._stage, self._run).set(ratio)
+    def progress(
+        self, done: float, total: float, elapsed: float, token_rate: float | None, values: Mapping[str, Any]
+    ) -> None:
+        """Take in one progress update; `tokens` and `accepted` are totals so far, what is not accepted is rejected."""
+        PROGRESS.labels(self._stage, self._run).set(done / total if total else 1.0)
         STAGE_DURATION.labels(self._stage, self._run).set(elapsed)
         if token_rate is not None:
             TOKENS_PER_SECOND.labels(self._stage, self._run).set(token_rate)
-        for name, value in values.items():
+        rejected = {"rejected": done - values["accepted"]} if "accepted" in values else {}
+        for name, value in (rejected | dict(values)).items():
             self._value(name, value)
 
     def event(self, kind: str, values: Mapping[str, Any]) -> None:

@@ -11,10 +11,9 @@ from k2.monitoring.blocks import (
     Block,
     Figure,
     Prose,
-    Section,
     StageView,
     Table,
-    dig,
+    clip,
     metric_facts,
 )
 from k2.monitoring.figures import Interval, Series, dot_plot, heatmap, line_chart
@@ -25,13 +24,11 @@ Views = Mapping[str, StageView]
 MANY_LAYERS = 8
 """From more layers on, curves of single layers would be a tangle, and their spread is drawn."""
 
-MODEL_ORDER = ("base", "pretrain", "sft", "rl", "bf16", "int4")
 
-
-def pretrain_section(views: Views) -> Section:
+def pretrain_section(views: Views) -> list[Block]:
     """Loss, learning rate, attention logits under tau, and the load of the experts."""
     view = views["pretrain"]
-    blocks = [
+    return [
         _curve(view, "loss", "Training loss", "nats per token", zero=False),
         _heldout(view),
         _curve(view, "lr", "Learning rate", "learning rate", zero=True),
@@ -39,12 +36,11 @@ def pretrain_section(views: Views) -> Section:
         _experts(view),
         metric_facts(view, "Pretraining in numbers."),
     ]
-    return Section("pretrain", "Pretraining", blocks)
 
 
 def _x(view: StageView) -> tuple[Sequence[float], str]:
-    """The axis of a stage's curves: tokens where they are counted, steps otherwise."""
-    for name in ("tokens", "step"):
+    """The axis of a stage's curves: tokens for pretraining, steps otherwise."""
+    for name in ("tokens", "step") if view.name == "pretrain" else ("step",):
         values = view.get(f"curves.{name}")
         if values:
             return values, "tokens" if name == "tokens" else "step"
@@ -101,14 +97,14 @@ def _experts(view: StageView) -> Block:
     return Figure(chart, "Load of the busiest expert over the mean, per MoE layer; 1 is perfect balance.")
 
 
-def sft_section(views: Views) -> Section:
+def sft_section(views: Views) -> list[Block]:
     """Supervised fine-tuning: its loss and what it reached."""
     view = views["sft"]
     curve = _curve(view, "loss", "Loss", "nats per token", zero=False)
-    return Section("sft", "Supervised fine-tuning", [curve, metric_facts(view, "Fine-tuning in numbers.")])
+    return [curve, metric_facts(view, "Fine-tuning in numbers.")]
 
 
-def rl_section(views: Views) -> Section:
+def rl_section(views: Views) -> list[Block]:
     """Reward and held-out accuracy over the steps, and answers before and after."""
     view = views["rl"]
     blocks = [_curve(view, "reward", "Mean reward", "reward", zero=False), _accuracy(view)]
@@ -117,7 +113,7 @@ def rl_section(views: Views) -> Section:
         names = ("prompt", "before", "after", "passed")
         rows = [[value_text(row.get(name)) for name in names] for row in examples[:10]]
         blocks.append(Table(names, rows, "Held-out problems, answered greedily before and after.", text=True))
-    return Section("rl", "Reinforcement learning", [*blocks, metric_facts(view, "RL in numbers.")])
+    return [*blocks, metric_facts(view, "RL in numbers.")]
 
 
 def _accuracy(view: StageView) -> Block:
@@ -133,22 +129,21 @@ def _accuracy(view: StageView) -> Block:
     return Figure(chart, f"Accuracy on held-out problems ({number(notes[-1][modes[0]]['n'])} at the end).")
 
 
-def quantize_section(views: Views) -> Section:
+def quantize_section(views: Views) -> list[Block]:
     """INT4: what rounding cost and what training won back."""
     view = views["quantize"]
-    curve = _curve(view, "loss", "Loss", "nats per token", zero=False)
-    return Section("quantize", "INT4 quantisation", [curve, metric_facts(view, "Quantisation in numbers.")])
+    curve = _curve(view, "loss", "Divergence from the model before", "nats per token", zero=False)
+    return [curve, metric_facts(view, "Quantisation in numbers.")]
 
 
-def evaluation_section(views: Views) -> Section:
-    """Every score of every model side by side, with its 95% interval."""
+def evaluation_section(views: Views) -> list[Block]:
+    """Every score of every model side by side, with its 95% interval, and answers to read."""
     view = views["evaluate"]
-    models = dig(view.documents.get("evaluation.json"), "models")
-    if not isinstance(models, Mapping) or not models:
-        return Section("evaluation", "Evaluation", [view.missing("scores")])
-    order = [name for name in MODEL_ORDER if name in models] + sorted(set(models) - set(MODEL_ORDER))
+    models, order = view.get("models"), view.get("order")
+    if not models or not order:
+        return [view.missing("scores")]
     tasks = sorted({task for scores in models.values() for task in scores})
-    rates = [task for task in tasks if all(0 <= models[m][task]["high"] <= 1 for m in order if task in models[m])]
+    rates = [task for task in tasks if all(models[m][task]["high"] <= 1 for m in order if task in models[m])]
     blocks: list[Block] = []
     if rates:
         groups = [(task, [_interval(m, models[m][task]) for m in order if task in models[m]]) for task in rates]
@@ -156,7 +151,27 @@ def evaluation_section(views: Views) -> Section:
         blocks.append(Figure(chart, "Every task before and after, with 95% intervals."))
     rows = [[task, *(_score(models[name].get(task)) for name in order)] for task in tasks]
     blocks.append(Table(("task", *order), rows, "The same in numbers; below each value its 95% interval."))
-    return Section("evaluation", "Evaluation", blocks)
+    return [*blocks, _answers(view, order)]
+
+
+def _answers(view: StageView, order: Sequence[str]) -> Block:
+    """One problem of each task with the answer of every model."""
+    samples = view.get("samples")
+    if not samples or not all(samples.get(name) for name in order):
+        return view.missing("answers of the models")
+    columns = [samples[name] for name in order]
+    rows, seen = [], set()
+    for answers in zip(*columns, strict=True):
+        if answers[0]["task"] not in seen:
+            seen.add(answers[0]["task"])
+            rows.append([clip(answers[0]["prompt"], 120), *(_answer(each) for each in answers)])
+    return Table(
+        ("problem", *order), rows, "A held-out problem of each task, answered greedily by every model.", text=True
+    )
+
+
+def _answer(sample: Mapping[str, Any]) -> str:
+    return f"{'✓' if sample['score'] >= 1 else '✗'} {clip(sample['answer'], 120)}"
 
 
 def _interval(name: str, score: Mapping[str, Any]) -> Interval:
@@ -171,15 +186,15 @@ def _score(score: Mapping[str, Any] | None) -> str:
     return f"{value}\n{low} – {high}"
 
 
-def gate_section(views: Views) -> Section:
+def gate_section(views: Views) -> list[Block]:
     """What the gate decided, and every check that led there."""
     view = views["gate"]
     promote = view.get("promote")
     if promote is None:
-        return Section("gate", "Gate", [view.missing("the gate's decision")])
+        return [view.missing("the gate's decision")]
     champion = views["promote"].metric("champion") or "nobody"
     verdict = "The candidate passed" if promote else "The candidate was not promoted"
     blocks: list[Block] = [Prose(f"{verdict}. The alias {view.get('alias')} points at {champion}.")]
     reasons = view.get("reasons") or []
     blocks.append(Table(("check",), [[str(reason)] for reason in reasons], "Checks of the gate.", text=True))
-    return Section("gate", "Gate", blocks)
+    return blocks

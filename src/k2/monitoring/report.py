@@ -1,6 +1,7 @@
 """The HTML report of a run: one self-contained page from whatever the run left in the store."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -26,11 +27,10 @@ from k2.monitoring.model_sections import (
 from k2.store.artifacts import open_uri
 from k2.store.client import Store
 
+log = logging.getLogger(__name__)
+
 MAX_BYTES = 1_000_000
 """A report is no larger, so that it can be mailed and kept."""
-
-DOCUMENTS = {"evaluate": ("evaluation.json",)}
-"""Small files besides `report.json` that the report shows."""
 
 LINEAGE_FROM = ("evaluate", "export", "quantize", "rl", "sft", "pretrain", "tokenize", "rephrase", "ingest", "corpus")
 """Stages whose artifact the tree starts from: the first that there is."""
@@ -74,11 +74,10 @@ def _view(store: Store, stage: str, record: Mapping[str, Any] | None) -> StageVi
         return StageView(stage, record, problem=f"{stage} made nothing: it {_ended(record['status'])}")
     try:
         artifact = open_uri(store, record["artifact"])
-        documents = {name: artifact.json(name) for name in DOCUMENTS.get(stage, ()) if name in artifact.files}
         report = artifact.json("report.json") if "report.json" in artifact.files else {}
     except (StageError, UserError, ValueError) as error:
         return StageView(stage, record, problem=str(error))
-    return StageView(stage, record, report, documents)
+    return StageView(stage, record, report)
 
 
 def _ended(status: str) -> str:
@@ -98,17 +97,27 @@ def _lineage(store: Store, views: Mapping[str, StageView]) -> Block:
 
 
 def _sections(views: Mapping[str, StageView], examples: int) -> list[Section]:
-    return [
-        evaluation_section(views),
-        gate_section(views),
-        corpus_section(views),
-        rephrase_section(views, examples),
-        pretrain_section(views),
-        trajectory_section(views),
-        sft_section(views),
-        rl_section(views),
-        quantize_section(views),
-    ]
+    builders: tuple[tuple[str, str, Callable[[], list[Block]]], ...] = (
+        ("evaluation", "Evaluation", lambda: evaluation_section(views)),
+        ("gate", "Gate", lambda: gate_section(views)),
+        ("corpus", "Corpus", lambda: corpus_section(views)),
+        ("rephrase", "Rephrasing", lambda: rephrase_section(views, examples)),
+        ("pretrain", "Pretraining", lambda: pretrain_section(views)),
+        ("trajectories", "Agentic trajectories", lambda: trajectory_section(views)),
+        ("sft", "Supervised fine-tuning", lambda: sft_section(views)),
+        ("rl", "Reinforcement learning", lambda: rl_section(views)),
+        ("quantize", "INT4 quantisation", lambda: quantize_section(views)),
+    )
+    return [_section(name, title, build) for name, title, build in builders]
+
+
+def _section(name: str, title: str, build: Callable[[], list[Block]]) -> Section:
+    """A section, or a note that an artifact of another version has other data: a report must appear."""
+    try:
+        return Section(name, title, build())
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        log.warning("report: section %s cannot be made: %r", name, error)
+        return Section(name, title, [Missing("this section", f"its data have another shape ({error!r})")])
 
 
 def _page(run: Run, records: Sequence[Mapping[str, Any]], sections: Sequence[Section]) -> str:
