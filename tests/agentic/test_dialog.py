@@ -130,6 +130,15 @@ def test_the_planner_retries_and_checks_lost_confirmations() -> None:
     assert all(e.passed for e in episodes if not e.environment.simulator.faults)
 
 
+def test_independent_calls_go_out_together() -> None:
+    episodes = rollout(random_tasks(150), PlannerPolicy(0, 0), environment, seed=1)
+    together = [e for e in episodes if any(len(m.get("tool_calls", ())) > 1 for m in e.environment.messages)]
+    assert together
+    for episode in together:
+        ids = [c["id"] for m in episode.environment.messages for c in m.get("tool_calls", ())]
+        assert [call_id.rpartition(":")[2] for call_id in ids] == [str(index) for index in range(len(ids))]
+
+
 def test_mistakes_happen_and_only_where_planned() -> None:
     tasks = random_tasks(150)
     policy = PlannerPolicy(1.0, 0.5)

@@ -101,6 +101,28 @@ def condition(tools: Sequence[ToolSpec], state: State, rng: random.Random) -> Go
     )
 
 
+def compare(tools: Sequence[ToolSpec], state: State, rng: random.Random) -> Goal | None:
+    """Two records to read at once, and the one with more of something to name."""
+    readers = [tool for tool in tools if semantics(tool).kind == "get"]
+    if not readers:
+        return None
+    operation = semantics(readers[0])
+    records = state[operation.entity]
+    if len(records) < 2:
+        return None
+    first, second = rng.sample(sorted(records), 2)
+    field = rng.choice(sorted(name for name, value in records[first].items() if isinstance(value, int)))
+    if records[first][field] == records[second][field]:
+        return None
+    return Goal(
+        request=f"which {_name(operation)} has more {_words(field)}, {first} or {second}",
+        question=True,
+        calls=tuple(Call(tool=readers[0].name, arguments={"id": record_id}) for record_id in (first, second)),
+        answers=(max(first, second, key=lambda record_id: records[record_id][field]),),
+        parallel=True,
+    )
+
+
 def _reader_and_changer(
     tools: Sequence[ToolSpec], state: State, rng: random.Random
 ) -> tuple[ToolSpec, ToolSpec, Record] | None:
@@ -172,4 +194,4 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-BUILDERS: dict[int, tuple[Builder, ...]] = {1: (direct,), 2: (unclear, bring_to, condition)}
+BUILDERS: dict[int, tuple[Builder, ...]] = {1: (direct,), 2: (unclear, bring_to, condition, compare)}

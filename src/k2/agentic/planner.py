@@ -58,8 +58,11 @@ class Planner:
         if self._slips("premature_end"):
             calls.pop()
         texts: list[str] = []
-        for call in calls:
-            texts.append((yield from self._do(call)))
+        if goal.parallel:
+            texts = yield from self._do_together(calls)
+        else:
+            for call in calls:
+                texts.append((yield from self._do(call)))
         said = self._reply(goal, texts)
         yield _say(said)
         return said
@@ -74,6 +77,16 @@ class Planner:
         text = yield from self._persist(wrong)
         noticed = _error(text) is not None and self._rng.random() < self._recovery_rate
         return (yield from self._persist(call)) if noticed else text
+
+    def _do_together(self, calls: Sequence[Call]) -> Generator[Message, Sequence[Message], list[str]]:
+        """Independent calls in one message; those that fail for now are tried again one by one."""
+        chosen = [self._wrong(call) or call for call in calls]
+        observation = yield self._message([(call.tool, call.arguments) for call in chosen])
+        texts = [str(message["content"]) for message in observation]
+        for index, call in enumerate(chosen):
+            if _error(texts[index]) in TRANSIENT and not self._slips("skipped_retry"):
+                texts[index] = yield from self._persist(call)
+        return texts
 
     def _wrong(self, call: Call) -> Call | None:
         others = [tool.name for tool in self._task.agent.tools if tool.name != call.tool]
@@ -112,19 +125,26 @@ class Planner:
         return {"id": record_id, **call.effect} == loads_object(text)
 
     def _send(self, tool: str, arguments: dict[str, Any]) -> Acts:
-        call = {
-            "id": f"functions.{tool}:{self._calls}",
-            "type": "function",
-            "function": {"name": tool, "arguments": compact_json(arguments)},
-        }
-        self._calls += 1
-        observation = yield {"role": "assistant", "content": "", "tool_calls": [call]}
+        observation = yield self._message([(tool, arguments)])
         return str(observation[0]["content"])
 
+    def _message(self, calls: Sequence[tuple[str, dict[str, Any]]]) -> Message:
+        made = [
+            {
+                "id": f"functions.{tool}:{self._calls + index}",
+                "type": "function",
+                "function": {"name": tool, "arguments": compact_json(arguments)},
+            }
+            for index, (tool, arguments) in enumerate(calls)
+        ]
+        self._calls += len(made)
+        return {"role": "assistant", "content": "", "tool_calls": made}
+
     def _reply(self, goal: Goal, texts: Sequence[str]) -> str:
-        failed = not texts or _error(texts[-1]) is not None
+        decisive = texts if goal.parallel else texts[-1:]
+        failed = not decisive or any(_error(text) is not None for text in decisive)
         if goal.question:
-            values = self._values(goal, texts[-1]) if texts else []
+            values = [] if failed else self._values(goal, "\n".join(decisive))
             if self._slips("hallucinated_answer") or (failed and self.mistakes):
                 values = [self._other(goal.answers[0])]
             return f"It is {', '.join(values)}." if values else "Sorry, I could not find out."
@@ -134,8 +154,6 @@ class Planner:
 
     def _values(self, goal: Goal, text: str) -> list[str]:
         """What to answer, read out of the result."""
-        if _error(text) is not None:
-            return []
         if not goal.answer_key:
             return [answer for answer in goal.answers if answer in text]
         value = loads_object(text).get(goal.answer_key, "none")

@@ -27,8 +27,9 @@ class Call(_Value):
 class Goal(_Value):
     """One thing the user wants. `calls` is a reference solution, known to the planner and never to the judge.
 
-    `answers` are values the reply must state, found in the last result under `answer_key` when that is JSON. A request
-    that leaves something out names it in `missing`; the user says `detail` when asked.
+    `answers` are values the reply must state, found in the last result under `answer_key` when that is JSON. `parallel`
+    calls do not depend on each other. A request that leaves something out names it in `missing`; the user says `detail`
+    when asked.
     """
 
     request: str
@@ -36,6 +37,7 @@ class Goal(_Value):
     calls: tuple[Call, ...]
     answers: tuple[str, ...] = ()
     answer_key: str = ""
+    parallel: bool = False
     missing: str = ""
     detail: str = ""
 
