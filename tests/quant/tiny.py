@@ -24,7 +24,7 @@ TINY = ModelConfig(
     v_head_dim=8,
     n_routed_experts=4,
     num_experts_per_tok=2,
-    max_position_embeddings=256,
+    max_position_embeddings=1024,
     initializer_range=0.1,
 )
 

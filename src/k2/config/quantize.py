@@ -41,7 +41,8 @@ class QuantizeConfig(StageSection):
         1.0, "softmax temperature of the distillation from the unquantised model", gt=0, le=100
     )
     optimizer: OptimizerConfig = setting(
-        OptimizerConfig(bias_update_speed=0.0), "MuonClip; the routers' biases stay as they are"
+        OptimizerConfig(bias_update_speed=0.0, weight_decay=0.0),
+        "MuonClip; decay and balancing would move what the teacher has no reason to move",
     )
     checkpoint_steps: int = setting(100, "steps between resumable checkpoints", semantic=False, ge=1)
     evaluation_items: int = setting(2000, "held-out problems for the accuracies with and without INT4", ge=1)
