@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from k2.config.optimizer import OptimizerConfig
 from k2.model.layout import LogicalTensor
@@ -131,19 +132,25 @@ class MuonClip(torch.optim.Optimizer):
             out_NRC.copy_(momentum)
 
     def _adamw_step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        """AdamW (arXiv 1711.05101) through torch's own foreach kernels."""
+        """AdamW (arXiv 1711.05101) through torch's own fused kernel."""
         c, names = self.config, self._adamw
-        weights, grads = [self._weights[n] for n in names], [gradients[n] for n in names]
-        mean = [self._tensors[f"exp_avg.{n}"] for n in names]
-        square = [self._tensors[f"exp_avg_sq.{n}"] for n in names]
-        torch._foreach_mul_(weights, 1 - lr * c.weight_decay)
-        torch._foreach_lerp_(mean, grads, 1 - c.adam_beta1)
-        torch._foreach_mul_(square, c.adam_beta2)
-        torch._foreach_addcmul_(square, grads, grads, value=1 - c.adam_beta2)
-        denominator = torch._foreach_sqrt(square)
-        torch._foreach_div_(denominator, (1 - c.adam_beta2**self._steps) ** 0.5)
-        torch._foreach_add_(denominator, c.adam_eps)
-        torch._foreach_addcdiv_(weights, mean, denominator, value=-lr / (1 - c.adam_beta1**self._steps))
+        adamw(
+            [self._weights[n] for n in names],
+            [gradients[n] for n in names],
+            [self._tensors[f"exp_avg.{n}"] for n in names],
+            [self._tensors[f"exp_avg_sq.{n}"] for n in names],
+            [],
+            # The kernel counts the step itself, before it corrects the bias.
+            [torch.tensor(self._steps - 1.0, device=self._weights[n].device) for n in names],
+            fused=True,
+            amsgrad=False,
+            beta1=c.adam_beta1,
+            beta2=c.adam_beta2,
+            lr=lr,
+            weight_decay=c.weight_decay,
+            eps=c.adam_eps,
+            maximize=False,
+        )
 
     def _round_masters(self) -> None:
         for name, parameter in self._parameters.items():
