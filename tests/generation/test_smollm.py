@@ -44,9 +44,14 @@ def test_logits_equal_transformers_with_padding_and_cache() -> None:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> SmolLM:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("k2-home")
+
+
+@pytest.fixture(scope="module")
+def model(home: Path) -> SmolLM:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("K2_HOME", str(tmp_path_factory.mktemp("k2-home")))
+        patch.setenv("K2_HOME", str(home))
         return SmolLM(4096)
 
 
@@ -95,11 +100,11 @@ def test_the_prompt_is_the_models_chat_template() -> None:
 
 
 def test_a_damaged_weight_cache_is_rebuilt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: SmolLM, home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("K2_HOME", str(tmp_path))
+    monkeypatch.setenv("K2_HOME", str(home))
     first = load_checkpoint(find_gguf())
-    [cached] = (tmp_path / "cache" / "weights").iterdir()
+    [cached] = (home / "cache" / "weights").iterdir()
     blob = bytearray(cached.read_bytes())
     blob[len(blob) // 2] ^= 1
     cached.write_bytes(blob)

@@ -21,7 +21,7 @@ def embedder() -> Embedder:
 
 
 def judge(rewrite: str, context: str = "", similarity: float = 0.95, **limits: float) -> Verdict:
-    return verify(SOURCE, rewrite, context, similarity, FidelityConfig(**limits))
+    return verify(SOURCE, rewrite, similarity, FidelityConfig(**limits), context=context)
 
 
 def test_a_faithful_paraphrase_is_accepted(embedder: Embedder) -> None:
@@ -68,6 +68,10 @@ def test_each_fault_is_named(rewrite: str, reason: str) -> None:
 def test_the_similarity_threshold_decides() -> None:
     assert judge(FAITHFUL, similarity=0.7499).reasons == ("similarity",)
     assert judge(FAITHFUL, similarity=0.75).accepted
+
+
+def test_what_was_written_before_is_not_said_again() -> None:
+    assert verify(SOURCE, FAITHFUL, 0.95, FidelityConfig(), written=FAITHFUL[:80]).reasons == ("repeats",)
 
 
 def test_what_the_context_says_did_not_appear_from_nowhere() -> None:

@@ -15,7 +15,7 @@ from k2.rephrase.selection import choose, prose_share
 FIRST = "Rivers carry water from the mountains to the sea. They shape the valleys they cross.\n\n"
 SECOND = "Lakes store the water of rivers. Some of them dry out in hot summers.\n"
 REWRITES = {
-    FIRST.strip(): "Water is carried by rivers out of mountains towards the sea, and the valleys are shaped on the way.",
+    FIRST.strip(): "Water is carried by rivers out of mountains towards the sea; valleys are shaped on the way.",
     SECOND.strip(): "River water is stored by lakes, and in hot summers a few of these lakes dry out.",
 }
 

@@ -17,7 +17,7 @@ class FidelityConfig(Section):
     min_length_ratio: float = setting(0.4, "fewest words of a rewrite, relative to its source", gt=0)
     max_length_ratio: float = setting(2.0, "most words of a rewrite, relative to its source", gt=0)
     max_copied: float = setting(0.6, "largest share of word 5-grams copied verbatim", ge=0, le=1)
-    max_repeated: float = setting(0.2, "largest share of word 5-grams that repeat within the rewrite", ge=0, le=1)
+    max_repeated: float = setting(0.2, "largest share of word 5-grams said before in the rewritten text", ge=0, le=1)
 
 
 class RephraseConfig(StageSection):

@@ -83,8 +83,14 @@ class Embedder:
         return round(float(first_D @ second_D), 6)
 
 
-def verify(source: str, rewrite: str, context: str, similarity: float, config: FidelityConfig) -> Verdict:
-    """Judge one rewrite of `source`; numbers and names may also come from `context`, the text that preceded it."""
+def verify(
+    source: str, rewrite: str, similarity: float, config: FidelityConfig, *, context: str = "", written: str = ""
+) -> Verdict:
+    """Judge one rewrite of `source`.
+
+    Numbers and names may also come from `context`, the source that preceded it; what was `written` for that part
+    of the document must not be said again.
+    """
     ratio = len(rewrite.split()) / max(1, len(source.split()))
     known = f"{context}\n{source}"
     checks = {
@@ -96,7 +102,7 @@ def verify(source: str, rewrite: str, context: str, similarity: float, config: F
         "too_short": ratio < config.min_length_ratio,
         "too_long": ratio > config.max_length_ratio,
         "copied": copied_share(source, rewrite) > config.max_copied,
-        "repeats": repeated_share(rewrite) > config.max_repeated,
+        "repeats": max(repeated_share(rewrite), copied_share(written, rewrite)) > config.max_repeated,
         "leak": bool(_LEAK.search(rewrite)) and not _LEAK.search(source),
     }
     return Verdict(similarity, tuple(name for name, failed in checks.items() if failed))
@@ -115,8 +121,8 @@ def names(text: str) -> set[str]:
 
 def copied_share(source: str, rewrite: str) -> float:
     """Share of the rewrite's word 5-grams that stand in the source verbatim."""
-    grams = _grams(rewrite)
-    return len([gram for gram in grams if gram in set(_grams(source))]) / max(1, len(grams))
+    grams, known = _grams(rewrite), set(_grams(source))
+    return sum(gram in known for gram in grams) / max(1, len(grams))
 
 
 def repeated_share(text: str) -> float:

@@ -126,9 +126,10 @@ def _judge(
 ) -> Iterator[Attempt]:
     source = job.chunks[step]
     before = "".join(job.chunks[:step])
+    written = "\n".join(turn.rewrite or turn.source for turn in job.history)
     for candidate, text in enumerate(texts):
         similarity = embedder.similarity(source, text)
-        verdict = verify(source, text, before, similarity, config.fidelity)
+        verdict = verify(source, text, similarity, config.fidelity, context=before, written=written)
         yield Attempt(step, candidate, source, text, bool(history), verdict)
 
 
