@@ -2,6 +2,9 @@
 
 import os
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,3 +103,34 @@ def test_a_server_that_does_not_start_is_named(tmp_path: Path, monkeypatch: pyte
     ):
         pass
     assert children() <= before
+
+
+def test_servers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys, time\n"
+        "from k2.agentic.mcp import running_servers\n"
+        "with running_servers(('git', 'time'), pathlib.Path(sys.argv[1]), 60):\n"
+        "    print('up', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout
+        assert parent.stdout.readline() == "up\n"
+        started = {
+            int(pid) for path in Path(f"/proc/{parent.pid}/task").glob("*/children") for pid in path.read_text().split()
+        }
+        parent.kill()
+    assert len(started) == 2
+    deadline = time.monotonic() + 30
+    while any(alive(pid) for pid in started) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(alive(pid) for pid in started)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; a zombie that nobody has collected does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
