@@ -41,7 +41,7 @@ class Kept:
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
 
-    def append(self, stage: str, kind: str, **values: Any) -> None:
+    def append(self, stage: str, kind: str, /, **values: Any) -> None:
         self.lines.append({"stage": stage, "kind": kind, **values})
 
 
@@ -94,6 +94,20 @@ def test_every_event_is_one_line_of_strict_json(values: dict[str, Any]) -> None:
         raise AssertionError(constant)
 
     assert json.loads(line, parse_constant=refuse)["kind"] == "k"
+
+
+def test_a_huge_event_keeps_its_short_values() -> None:
+    event = json.loads(event_line("s", "stage_finished", {"status": "done", "metrics": ["x" * 100] * 1000}))
+    assert event["status"] == "done"
+    assert event["truncated"] > 100_000
+    assert "metrics" not in event
+
+
+def test_values_named_like_the_frame_do_not_replace_it(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "e.jsonl")
+    StageProgress("rl", log).event("note", stage="other", time=0, value=1)
+    (event,) = read_events(log.path)[0]
+    assert (event["stage"], event["kind"], event["value"]) == ("rl", "note", 1)
 
 
 def test_a_full_disk_costs_events_and_not_the_stage(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from k2.errors import UserError
 from k2.monitoring.events import StageProgress
 from k2.monitoring.metrics import REGISTRY, StageMetrics, serve_from_environment
 
@@ -23,7 +24,7 @@ def value(name: str, **labels: str) -> float | None:
 class Nowhere:
     """A sink that takes everything."""
 
-    def append(self, stage: str, kind: str, **values: object) -> None:
+    def append(self, stage: str, kind: str, /, **values: object) -> None:
         pass
 
 
@@ -88,3 +89,9 @@ def test_serving_on_loopback_and_a_port_that_is_taken(
     assert not caplog.records
     serve_from_environment()
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def test_a_port_that_is_no_number_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("K2_METRICS_PORT", "http")
+    with pytest.raises(UserError, match="K2_METRICS_PORT"):
+        serve_from_environment()

@@ -28,21 +28,35 @@ MAX_EVENTS = 1000
 """Events of one kind that one stage may write; the rest are counted."""
 
 
+MAX_LINE = 64 * 1024
+"""Characters of one event."""
+
 STATUS_COLOURS = {"done": "green", "cached": "cyan", "failed": "red", "running": "yellow"}
 
 
 class Sink(Protocol):
     """Takes one event of a stage."""
 
-    def append(self, stage: str, kind: str, **values: Any) -> None:
+    def append(self, stage: str, kind: str, /, **values: Any) -> None:
         """Record it."""
 
 
 def event_line(stage: str, kind: str, values: Mapping[str, Any]) -> str:
-    """One JSON line: time (UTC), stage, kind, values. Numbers that are not finite are null."""
-    event = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "stage": stage, "kind": kind, **values}
+    """One JSON line: time (UTC), stage, kind, values. Numbers that are not finite are null.
+
+    Of an event longer than `MAX_LINE` only the short values are kept, and `truncated` is its length.
+    """
+    frame = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "stage": stage, "kind": kind}
+    line = _strict_json({**values, **frame})
+    if len(line) > MAX_LINE:
+        kept = {name: value for name, value in values.items() if len(str(value)) <= 1000}
+        line = _strict_json({**kept, **frame, "truncated": len(line)})
+    return line + "\n"
+
+
+def _strict_json(event: Mapping[str, Any]) -> str:
     finite = json.loads(json.dumps(event, default=float), parse_constant=lambda _: None)
-    return json.dumps(finite, sort_keys=True, separators=(",", ":")) + "\n"
+    return json.dumps(finite, sort_keys=True, separators=(",", ":"))
 
 
 class EventLog:
@@ -51,7 +65,7 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self.path, self._broken = path, False
 
-    def append(self, stage: str, kind: str, **values: Any) -> None:
+    def append(self, stage: str, kind: str, /, **values: Any) -> None:
         """Add one line. A disk that is full costs events, never the stage: the first failure is logged."""
         line = event_line(stage, kind, values).encode()
         try:
@@ -161,7 +175,7 @@ class JsonLines:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def append(self, stage: str, kind: str, **values: Any) -> None:
+    def append(self, stage: str, kind: str, /, **values: Any) -> None:
         """Write one line."""
         self._stream.write(event_line(stage, kind, values))
         self._stream.flush()
@@ -173,7 +187,7 @@ class TerminalLine:
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def append(self, stage: str, kind: str, **values: Any) -> None:
+    def append(self, stage: str, kind: str, /, **values: Any) -> None:
         """Show progress in place; leave a line for the end of the stage."""
         if kind == "progress":
             text, finished = progress_text(values), values["done"] >= values["total"]

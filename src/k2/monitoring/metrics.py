@@ -10,6 +10,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
+from k2.errors import UserError
+
 log = logging.getLogger(__name__)
 
 REGISTRY = CollectorRegistry()
@@ -112,7 +114,14 @@ def serve_metrics(port: int, host: str = "127.0.0.1") -> None:
 
 
 def serve_from_environment() -> None:
-    """Serve on `K2_METRICS_PORT` when it is set; `K2_METRICS_HOST` is loopback unless it says otherwise."""
+    """Serve on `K2_METRICS_PORT` when it is set; `K2_METRICS_HOST` is loopback unless it says otherwise.
+
+    Raises:
+        UserError: the port is not a number.
+    """
     port = os.environ.get("K2_METRICS_PORT")
-    if port:
-        serve_metrics(int(port), os.environ.get("K2_METRICS_HOST", "127.0.0.1"))
+    if not port:
+        return
+    if not port.isdigit():
+        raise UserError(f"K2_METRICS_PORT is {port!r}; it must be a port number")
+    serve_metrics(int(port), os.environ.get("K2_METRICS_HOST", "127.0.0.1"))
