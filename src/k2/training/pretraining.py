@@ -153,9 +153,10 @@ def pretrain(
     checkpoints: Checkpoints,
     progress: Progress,
 ) -> TrainState:
-    """Run all phases, from the newest checkpoint if there is one. `notes["heldout"]` of the state lists the held-out losses.
+    """Run all phases, from the newest checkpoint if there is one.
 
-    The held-out loss is measured before and after each context length, with the configuration trained there.
+    `notes["heldout"]` of the state lists the held-out losses: before and after each context length, measured
+    with the configuration trained there.
     """
     schedule, state, source = schedule_of(config), build(config), PackedSource(loader, config)
     checkpoints.restore(state, source)
