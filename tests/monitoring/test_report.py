@@ -97,8 +97,8 @@ def test_a_failed_run_names_the_error_and_what_is_missing(store: Store, example_
     assert "rl failed" in text
     assert "the disk is full; free some" in text
     assert "run again, and the run continues from there" in text
-    assert "Mean reward of rl: rl made nothing: it failed." in text
-    assert "Scores: evaluate did not run." in text
+    assert "Reinforcement learning: rl made nothing: it failed." in text
+    assert "Evaluation: evaluate did not run." in text
     assert "Of 61 chunks" in text
 
 
@@ -157,4 +157,4 @@ def test_data_of_another_shape_cost_their_section_and_say_so(
     text = Page(render(store, "r9", "done")).text
     assert "This section: its data have another shape" in text
     assert "Of 61 chunks" in text
-    assert "section trajectories cannot be made" in caplog.text
+    assert "section Agentic trajectories cannot be made" in caplog.text

@@ -224,7 +224,7 @@ def bars(title: str, rows: Sequence[tuple[str, float]]) -> Markup:
 
 def histogram(title: str, edges: Sequence[float], counts: Sequence[float], *, x_label: str) -> Markup:
     """How many values fall between neighbouring `edges`, one more of them than `counts`."""
-    marks = ticks(0, max(counts), 4)
+    marks = [mark for mark in ticks(0, max(counts), 4) if mark == int(mark)]
     across, up = _Scale(edges[0], edges[-1], LEFT, WIDTH - RIGHT), _Scale(0, marks[-1], HEIGHT - BOTTOM, TOP)
     parts = [*_axes(across, up, ticks(edges[0], edges[-1], 6), marks, x_label, "count")]
     box = '<rect class="bar" x="{}" y="{}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'

@@ -98,26 +98,28 @@ def _lineage(store: Store, views: Mapping[str, StageView]) -> Block:
 
 def _sections(views: Mapping[str, StageView], examples: int) -> list[Section]:
     builders: tuple[tuple[str, str, Callable[[], list[Block]]], ...] = (
-        ("evaluation", "Evaluation", lambda: evaluation_section(views)),
+        ("evaluate", "Evaluation", lambda: evaluation_section(views)),
         ("gate", "Gate", lambda: gate_section(views)),
         ("corpus", "Corpus", lambda: corpus_section(views)),
         ("rephrase", "Rephrasing", lambda: rephrase_section(views, examples)),
         ("pretrain", "Pretraining", lambda: pretrain_section(views)),
-        ("trajectories", "Agentic trajectories", lambda: trajectory_section(views)),
+        ("synthesize", "Agentic trajectories", lambda: trajectory_section(views)),
         ("sft", "Supervised fine-tuning", lambda: sft_section(views)),
         ("rl", "Reinforcement learning", lambda: rl_section(views)),
         ("quantize", "INT4 quantisation", lambda: quantize_section(views)),
     )
-    return [_section(name, title, build) for name, title, build in builders]
+    return [_section(views[stage], title, build) for stage, title, build in builders]
 
 
-def _section(name: str, title: str, build: Callable[[], list[Block]]) -> Section:
-    """A section, or a note that an artifact of another version has other data: a report must appear."""
+def _section(view: StageView, title: str, build: Callable[[], list[Block]]) -> Section:
+    """A section, or one note: its stage left nothing, or an artifact of another version has other data."""
+    if view.problem:
+        return Section(view.name, title, [Missing(title, view.problem)])
     try:
-        return Section(name, title, build())
+        return Section(view.name, title, build())
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        log.warning("report: section %s cannot be made: %r", name, error)
-        return Section(name, title, [Missing("this section", f"its data have another shape ({error!r})")])
+        log.warning("report: section %s cannot be made: %r", title, error)
+        return Section(view.name, title, [Missing("this section", f"its data have another shape ({error!r})")])
 
 
 def _page(run: Run, records: Sequence[Mapping[str, Any]], sections: Sequence[Section]) -> str:
