@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,9 @@ class Killed(Exception):
 
 
 class DyingProgress(NoProgress):
+    def __init__(self, step: int) -> None:
+        self.left = step
+
     def update(self, done: float, total: float, unit: str, **values: object) -> None:
         if done == self.left:
             raise Killed
@@ -61,19 +65,30 @@ def test_qk_clip_and_both_contexts_took_part(finished: TrainState) -> None:
     assert losses[1] < losses[0] - 0.2
 
 
-def program(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def program(folder: Path) -> subprocess.Popen[str]:
     root = Path(__file__).parents[2]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root / 'src'}:{root}"}
-    command = [sys.executable, str(Path(__file__).with_name("small.py")), str(folder), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, str(Path(__file__).with_name("small.py")), str(folder)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_kill_9_at_random_steps_then_finish(finished: TrainState, tmp_path: Path) -> None:
-    for updates in (random.randint(1, 9), random.randint(1, 9)):
-        assert program(tmp_path, str(updates)).returncode == -9
-    done = program(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == digest(finished)
+def commits(folder: Path) -> str:
+    index = folder / "index.json"
+    return index.read_text() if index.exists() else ""
+
+
+def test_kill_9_from_outside_at_random_instants_then_finish(finished: TrainState, tmp_path: Path) -> None:
+    for _ in range(2):
+        before = commits(tmp_path)
+        with program(tmp_path) as process:
+            while process.poll() is None and commits(tmp_path) == before:
+                time.sleep(0.01)
+            time.sleep(random.uniform(0, 0.05))  # anywhere in a step or in the next save
+            process.kill()
+        assert process.returncode == -9
+    with program(tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.read().strip() == digest(finished)
 
 
 def test_a_corrupt_newest_checkpoint_costs_only_steps(
