@@ -21,9 +21,11 @@ class EvaluateConfig(StageSection):
         "verifiable tasks, each on the held-out side of its problems",
         min_length=1,
     )
-    items: int = setting(2000, "problems of each task", ge=1)
+    items: int = setting(2000, "problems of each task that is not about tool calls", ge=1)
     max_tokens: int = setting(256, "longest answer in tokens", ge=1)
-    tool_items: int = setting(500, "tool-call problems on held-out servers, and as many on held-out domains", ge=1)
+    tool_items: int = setting(
+        500, "problems of each tool-call task: the known tools, held-out servers, held-out domains", ge=1
+    )
     heldout_tokens: int = setting(1_000_000, "held-out tokens whose perplexity is measured, at most", ge=16)
     context_length: int = setting(4096, "tokens of context for the perplexity", ge=8)
     samples: int = setting(4, "answers of each model to each task that the report shows", ge=0)

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from k2.config.base import StageSection, setting
+from k2.config.model import ModelConfig
 from k2.config.optimizer import OptimizerConfig
 
 
@@ -53,3 +54,15 @@ class QuantizeConfig(StageSection):
         if self.steps and self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps ({self.warmup_steps}) must be less than steps ({self.steps})")
         return self
+
+
+def group_problem(model: ModelConfig, group_size: int) -> str | None:
+    """Why the experts of a model cannot be cut into groups of this size along their inputs, or None if they can."""
+    for name in ("hidden_size", "moe_intermediate_size"):
+        width = getattr(model, name)
+        if width % group_size:
+            return (
+                f"quantize.group_size ({group_size}) must divide the model's {name} ({width});"
+                f" choose a divisor of it that is a multiple of 8, or make {name} a multiple of {group_size}"
+            )
+    return None

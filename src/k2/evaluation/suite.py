@@ -73,9 +73,8 @@ class Suite:
 
     @cached_property
     def _tasks(self) -> list[tuple[Task, int]]:
-        config = self.config
-        own = [(get_task(name), config.items) for name in config.tasks]
-        return own + [(task, config.tool_items) for task in self.tool_tasks]
+        config, tasks = self.config, [*map(get_task, self.config.tasks), *self.tool_tasks]
+        return [(task, config.tool_items if isinstance(task, ToolCall) else config.items) for task in tasks]
 
     def measure(self, model: Transformer) -> dict[str, Score]:
         """Perplexity, and the sampled and greedy pass rate of every task, as `task/mode`."""

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from k2.config.model import ModelConfig
-from k2.errors import UserError
 from k2.model.moe import WeightTransform
 from k2.quant.int4 import dequantize, quantize
 
@@ -39,14 +37,3 @@ def fake_quantize(group_size: int) -> WeightTransform:
         return result
 
     return transform
-
-
-def check_group_size(config: ModelConfig, group_size: int) -> None:
-    """Raises UserError when the experts' input widths are not whole numbers of groups."""
-    for name in ("hidden_size", "moe_intermediate_size"):
-        width = getattr(config, name)
-        if width % group_size:
-            raise UserError(
-                f"quantize.group_size: {group_size} does not divide the model's {name} ({width});"
-                f" choose a divisor that is a multiple of 8, or make {name} a multiple of {group_size}"
-            )

@@ -16,7 +16,7 @@ from k2.config.quantize import QuantizeConfig
 from k2.data.loader import IGNORE
 from k2.data.tokenizer import Tokenizer
 from k2.evaluation.harness import evaluate_mixture
-from k2.evaluation.tasks import sample_mixture
+from k2.evaluation.tasks import Example
 from k2.execution.contract import Progress
 from k2.model.generate import Engine
 from k2.model.layout import logical_tensors
@@ -90,7 +90,8 @@ class QuantizationAwareTraining:
         student.set_weight_transform(fake_quantize(config.group_size))
         optimizer = MuonClip(student.named_parameters(), logical_tensors(student.config), config.optimizer)
         state = TrainState(student, optimizer)
-        if checkpoints.restore(state, self._source) is None:
+        checkpoints.restore(state, self._source)
+        if "bf16" not in state.notes:
             state.notes["bf16"] = self._measure(self._teacher, None)
             state.notes["int4_ptq"] = self._measure(student, config.group_size)
         row_tokens = config.batch_size * config.context_length
@@ -114,9 +115,14 @@ class QuantizationAwareTraining:
             Engine(exported), self._tokenizer, config.tasks, config.evaluation_items, "greedy", config.seed,
             config.evaluation_tokens,
         )  # fmt: skip
-        examples = [sample_mixture(config.tasks, "eval", config.seed, index) for index in range(config.batch_size)]
-        heldout = self._packed([encode_solution(self._tokenizer, example) for example in examples])
-        return {"accuracy": result.score.json(), "loss": mean_loss(self._loss, exported, heldout.next_step())}
+        return {"accuracy": result.score.json(), "loss": self._heldout_loss(exported, result.examples)}
+
+    def _heldout_loss(self, model: Transformer, examples: Sequence[Example]) -> float:
+        dialogs = [encode_solution(self._tokenizer, example) for example in examples]
+        source = self._packed(dialogs)
+        tokens = self._config.batch_size * self._config.context_length
+        steps = max(1, sum(len(dialog.ids) for dialog in source.dialogs) // tokens)
+        return mean_loss(self._loss, model, (batch for _ in range(steps) for batch in source.next_step()))
 
     def _packed(self, dialogs: Sequence[EncodedChat]) -> DemonstrationSource:
         config, pad = self._config, self._tokenizer.special["[PAD]"]

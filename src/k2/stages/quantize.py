@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from k2.config.quantize import QuantizeConfig
+from k2.config.quantize import QuantizeConfig, group_problem
 from k2.data.tokenizer import Tokenizer
+from k2.errors import UserError
 from k2.execution.contract import Progress, StageResult
 from k2.model import hf
 from k2.quant.checkpoint import bits_per_weight
-from k2.quant.fake_quant import check_group_size
 from k2.quant.qat import QuantizationAwareTraining
 from k2.rl.demonstrations import task_demonstrations, trajectory_demonstrations
 from k2.store.artifacts import Artifact, ArtifactWriter
@@ -32,7 +32,9 @@ def run(
     torch.manual_seed(config.seed)
     source = inputs["model"].directory()
     teacher = hf.load(source, compute_dtype=getattr(torch, config.precision))
-    check_group_size(teacher.config, config.group_size)
+    problem = group_problem(teacher.config, config.group_size)
+    if problem is not None:
+        raise UserError(problem)
     tokenizer = Tokenizer.load(source / "tokenizer")
     dialogs = task_demonstrations(tokenizer, config.tasks, config.demonstrations, config.seed)
     if config.use_trajectories:
