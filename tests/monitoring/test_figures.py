@@ -60,7 +60,7 @@ def test_any_curve_is_drawn(values: list[float | None]) -> None:
 def test_ticks_span_the_data_in_equal_round_steps(a: float, b: float) -> None:
     low, high = min(a, b), max(a, b)
     marks = ticks(low, high)
-    slack = 1e-6 * max(1e-30, abs(low), abs(high))
+    slack = max(1e-30, 1e-6 * max(abs(low), abs(high)))
     assert marks[0] <= low + slack
     assert marks[-1] >= high - slack
     assert 2 <= len(marks) <= 8

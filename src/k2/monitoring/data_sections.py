@@ -81,7 +81,7 @@ def rephrase_section(views: Views, examples: int) -> list[Block]:
     reasons = counts_facts(view.metric("reasons"), "Why rewrites were rejected, in chunks; a chunk may have several.")
     blocks += [reasons] if reasons else []
     blocks.append(_similarities(view))
-    pairs = [_pair(row, True) for row in (view.get("accepted_examples") or [])[:examples]]
+    pairs: list[Block] = [_pair(row, True) for row in (view.get("accepted_examples") or [])[:examples]]
     pairs += [_pair(row, False) for row in (view.get("rejected_examples") or [])[:examples]]
     return [*blocks, *(pairs or [view.missing("examples of rewrites")])]
 

@@ -126,10 +126,11 @@ def _page(run: Run, records: Sequence[Mapping[str, Any]], sections: Sequence[Sec
     rows = timeline(records)
     failures = [record for record in records if record["error"]]
     headline = _headline(records)
-    return _template("report.html").render(
+    page: str = _template("report.html").render(
         run=run, rows=rows, failures=failures, sections=sections, headline=headline,
         css=Markup(_text("report.css")), script=Markup(_text("report.js.html")),
     )  # fmt: skip
+    return page
 
 
 def timeline(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
