@@ -21,10 +21,8 @@ Make = Callable[..., Artifact]
 
 
 def documents(count: int, text: str = "the quick brown fox") -> bytes:
-    lines = [
-        json.dumps({"id": str(i), "text": f"{text} {i} jumps.", "domain": "web", "source": "test"}) for i in range(count)
-    ]
-    return zstandard.compress("\n".join(lines).encode())
+    rows = [{"id": str(i), "text": f"{text} {i} jumps.", "domain": "web", "source": "test"} for i in range(count)]
+    return zstandard.compress("\n".join(json.dumps(row) for row in rows).encode())
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ CONFIG = RlConfig(
     ptx_coefficient=0.1,
     ptx_demonstrations=8,
     ptx_batch_size=4,
-    micro_batch_size=5,
+    micro_batch_tokens=64,
     lr=1e-3,
     warmup_steps=0,
     evaluation_items=10,
@@ -74,7 +74,8 @@ def test_what_is_trained_on_is_token_for_token_what_the_policy_wrote(tokenizer: 
     trainer = make(CONFIG, tokenizer)
     batches = rollouts(trainer)
     assert sum(len(batch.tokens_BL) for batch in batches) == 12
-    assert [len(batch.tokens_BL) for batch in batches] == [5, 5, 2]
+    assert len(batches) > 1
+    assert all(batch.tokens_BL.numel() <= 64 for batch in batches)
     for batch in batches:
         logprobs_BL, _ = response_logprobs(trainer.state.model, batch)
         torch.testing.assert_close(logprobs_BL, batch.rollout_logprobs_BL, atol=1e-4, rtol=1e-4)

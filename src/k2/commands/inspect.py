@@ -6,11 +6,15 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from k2.commands.options import echo, json_output
 from k2.errors import UserError
+
+if TYPE_CHECKING:
+    from k2.store.client import Store
 
 
 @click.command()
@@ -23,7 +27,7 @@ def lineage(uri: str, as_json: bool) -> None:
     from k2.monitoring.lineage import render_tree
 
     with object_store() as store:
-        tree = walk(store, _resolve(store, uri))
+        tree = walk(store, resolve(store, uri))
     echo(tree, as_json, render_tree(tree))
 
 
@@ -38,7 +42,7 @@ def fetch(uri: str, directory: Path) -> None:
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory}: exists and is not empty; name a new folder")
     with object_store() as store:
-        artifact = open_uri(store, _resolve(store, uri))
+        artifact = open_uri(store, resolve(store, uri))
         for name in artifact.files:
             target = directory / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +87,7 @@ def doctor(as_json: bool) -> None:
     echo(checks, as_json, "\n".join(f"{name:<16}{value}" for name, value in checks.items()))
 
 
-def _resolve(store: "Store", uri: str) -> str:  # noqa: F821
+def resolve(store: "Store", uri: str) -> str:
     """The URI behind an alias, or the URI itself."""
     from k2.store.aliases import read_alias
 

@@ -12,7 +12,7 @@ from k2.config.gate import GateConfig
 from k2.config.ingest import IngestConfig
 from k2.config.pretrain import PretrainConfig
 from k2.config.promote import PromoteConfig
-from k2.config.quantize import QuantizeConfig
+from k2.config.quantize import QuantizeConfig, group_problem
 from k2.config.rephrase import RephraseConfig
 from k2.config.report import ReportConfig
 from k2.config.rl import RlConfig
@@ -48,4 +48,7 @@ class K2Config(Section):
                 f"pretrain.model.vocab_size ({self.pretrain.model.vocab_size}) must equal"
                 f" tokenize.vocab_size ({self.tokenize.vocab_size})"
             )
+        problem = group_problem(self.pretrain.model, self.quantize.group_size)
+        if problem:
+            raise ValueError(problem)
         return self

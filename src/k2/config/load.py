@@ -133,7 +133,7 @@ def _explain(item: Any) -> str:
 def _known(location: tuple[str | int, ...]) -> str:
     section: Any = K2Config
     for part in location[:-1]:
-        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, Section) else None
+        field = section.model_fields.get(str(part)) if isinstance(section, type) and issubclass(section, Section) else None
         section = _section_type(field.annotation) if field is not None else None
     if section is None:
         return "see `k2 config show`"

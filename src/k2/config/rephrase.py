@@ -9,7 +9,7 @@ from k2.config.generator import GeneratorConfig
 class FidelityConfig(Section):
     """What a rewrite must keep of its source, per chunk."""
 
-    min_similarity: float = setting(0.75, "least cosine between the sentence embeddings", ge=-1, le=1)
+    min_similarity: float = setting(0.8, "least cosine between the sentence embeddings", ge=-1, le=1)
     max_missing_numbers: float = setting(0.0, "largest share of the source's numbers that may vanish", ge=0, le=1)
     max_added_numbers: float = setting(0.0, "largest share of the rewrite's numbers the source lacks", ge=0, le=1)
     max_missing_names: float = setting(0.25, "largest share of the source's names that may vanish", ge=0, le=1)

@@ -57,7 +57,7 @@ class RlConfig(StageSection):
     ptx_demonstrations: int = setting(100_000, "size of the fixed set of demonstrated solutions for PTX", ge=1)
     ptx_batch_size: int = setting(32, "demonstrations per update for PTX", ge=1)
     reward: RewardConfig = setting(RewardConfig(), "weights of the parts of the reward")
-    micro_batch_size: int = setting(8, "samples that pass through the model at once", ge=1)
+    micro_batch_tokens: int = setting(65536, "tokens, padding included, that pass through the model at once", ge=1)
     lr: float = setting(1e-6, "peak learning rate", gt=0)
     final_lr_ratio: float = setting(0.1, "learning rate at the end, as a share of the peak", ge=0, le=1)
     warmup_steps: int = setting(10, "steps of linear warm-up", ge=0)

@@ -13,7 +13,7 @@ from k2.data.tokenizer import Tokenizer
 from k2.errors import UserError
 from k2.evaluation.scoring import wilson
 from k2.evaluation.tasks import Example, Task, get_task, sample_mixture, split_seed
-from k2.model.generate import Engine
+from k2.model.generate import Engine, Sample
 from k2.model.sampling import SamplingConfig
 from k2.model.transformer import Transformer
 from k2.serving.chat_template import IM_END, encode_chat
@@ -55,6 +55,15 @@ def answer_text(tokenizer: Tokenizer, token_ids: Sequence[int]) -> str:
     return tokenizer.decode(token_ids).removesuffix(IM_END)
 
 
+def generate_by_length(
+    engine: Engine, prompts: Sequence[Sequence[int]], n: int, sampling: Sequence[SamplingConfig]
+) -> list[list[Sample]]:
+    """`engine.generate`, given the prompts by length, so that few long ones do not pad all others."""
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    samples = engine.generate([prompts[i] for i in order], n, [sampling[i] for i in order])
+    return [row for _, row in sorted(zip(order, samples, strict=True), key=lambda pair: pair[0])]
+
+
 def answers(
     engine: Engine, tokenizer: Tokenizer, examples: Sequence[Example], mode: Mode, seed: int, max_tokens: int
 ) -> list[str]:
@@ -64,7 +73,8 @@ def answers(
         SamplingConfig(max_tokens, TEMPERATURE[mode], seed=seed * len(examples) + i, stop_ids=stop)
         for i in range(len(examples))
     ]
-    samples = engine.generate([encode_prompt(tokenizer, example) for example in examples], 1, sampling)
+    prompts = [encode_prompt(tokenizer, example) for example in examples]
+    samples = generate_by_length(engine, prompts, 1, sampling)
     return [answer_text(tokenizer, sample.token_ids) for (sample,) in samples]
 
 

@@ -18,7 +18,7 @@ import jsonschema
 
 from k2.errors import UserError
 from k2.generation.protocol import Message, Tool
-from k2.serving.chat_template import IM_END, render
+from k2.serving.chat_template import IM_END, compact_json, render
 from k2.serving.tool_calls import parse_assistant
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class ToolCall(Task):
         wanted = random.choice(shown)
         arguments = {name: _value(random, schema) for name, schema in _required(wanted).items()}
         listed = ", ".join(f"{name} {_spoken(value)}" for name, value in arguments.items())
-        call = {"name": wanted["name"], "arguments": json.dumps(arguments)}
+        call = {"name": wanted["name"], "arguments": compact_json(arguments)}
         return Example(
             task=self.name,
             messages=[{"role": "user", "content": f"{wanted.get('description') or wanted['name']}: {listed}"}],

@@ -116,12 +116,15 @@ def _child_environment(folder: Path) -> dict[str, str]:
     source = Path(__file__).parents[2]
     paths = [str(source), str(source.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     return os.environ | {
+        "K2_RUN": folder.name,
         "K2_EVENTS": str(folder / "events.jsonl"),
         "K2_HOME": str(k2_home()),
         PARENT_VARIABLE: "1",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # Threads that spin at barriers bring a busy machine to a halt.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
     }
 
 

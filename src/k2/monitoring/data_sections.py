@@ -83,7 +83,7 @@ def rephrase_section(views: Views, examples: int) -> list[Block]:
     blocks.append(_similarities(view))
     pairs: list[Block] = [_pair(row, True) for row in (view.get("accepted_examples") or [])[:examples]]
     pairs += [_pair(row, False) for row in (view.get("rejected_examples") or [])[:examples]]
-    return [*blocks, *(pairs or [view.missing("examples of rewrites")])]
+    return [*blocks, *pairs] if pairs else [*blocks, view.missing("examples of rewrites")]
 
 
 def _similarities(view: StageView) -> Block:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from k2.data.tokenizer import Tokenizer
-from k2.evaluation.harness import answer_text
+from k2.evaluation.harness import answer_text, generate_by_length
 from k2.model.generate import Engine, Sample
 from k2.model.sampling import SamplingConfig
 from k2.serving.chat_template import IM_END
@@ -96,7 +96,8 @@ class RolloutEngine:
         limit = min(self._segment, self._budget)
         # Equal prompts would share a random stream, so each group has a seed of its own.
         sampling = [self._sampling(temperature, f"{seed}/begin/{i}", limit) for i in range(len(groups))]
-        sampled = self._engine.generate([group.prompt_ids for group in groups], len(groups[0].rollouts), sampling)
+        prompts, count = [group.prompt_ids for group in groups], len(groups[0].rollouts)
+        sampled = generate_by_length(self._engine, prompts, count, sampling)
         for group, samples in zip(groups, sampled, strict=True):
             for rollout, sample in zip(group.rollouts, samples, strict=True):
                 rollout.extend(sample, version)
@@ -106,7 +107,8 @@ class RolloutEngine:
         prompts = [group.prompt_ids + rollout.response_ids for group, rollout in open_]
         limits = [min(self._segment, self._budget - len(rollout.response_ids)) for _, rollout in open_]
         sampling = [self._sampling(temperature, f"{seed}/continue/{i}", limit) for i, limit in enumerate(limits)]
-        for (_, rollout), (sample,) in zip(open_, self._engine.generate(prompts, 1, sampling), strict=True):
+        sampled = generate_by_length(self._engine, prompts, 1, sampling)
+        for (_, rollout), (sample,) in zip(open_, sampled, strict=True):
             rollout.extend(sample, version)
 
     def _sampling(self, temperature: float, stream: str, max_tokens: int) -> SamplingConfig:

@@ -142,11 +142,8 @@ class RolloutSource:
 
     def _update(self, answers: list[Graded], temperature: float) -> Update:
         """Micro-batches of similar length, and the demonstrations of the PTX loss."""
-        ordered = sorted(answers, key=lambda answer: answer.length)
-        size = self._config.micro_batch_size
-        batches: Update = [
-            self._batch(ordered[start : start + size], temperature) for start in range(0, len(ordered), size)
-        ]
+        cut = _micro_batches(answers, self._config.micro_batch_tokens)
+        batches: Update = [self._batch(part, temperature) for part in cut]
         if self._ptx:
             batches += [PtxBatch(batch, len(answers)) for batch in self._ptx.next_step()]
         return batches
@@ -195,6 +192,16 @@ class RolloutSource:
             for answer in answers
         ]
         return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def _micro_batches(answers: Sequence[Graded], tokens: int) -> list[list[Graded]]:
+    """Answers by length, as many together as fit into `tokens` when padded to the longest; at least one."""
+    parts: list[list[Graded]] = []
+    for answer in sorted(answers, key=lambda answer: answer.length):
+        if not parts or (len(parts[-1]) + 1) * answer.length > tokens:
+            parts.append([])
+        parts[-1].append(answer)
+    return parts
 
 
 def _reset(state: TrainState) -> None:

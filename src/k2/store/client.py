@@ -164,7 +164,9 @@ class Store:
             # A HEAD request would answer without saying why it was refused.
             next(iter(self._client.list_objects(self.bucket, self._key(""))), None)
         except (*_FAILURES, ValueError) as error:
-            raise UserError(f"object store {self.settings.endpoint}, bucket {self.bucket!r}: {_reason(error)}") from None
+            raise UserError(
+                f"object store {self.settings.endpoint}, bucket {self.bucket!r}: {_reason(error)}"
+            ) from None
 
     def put(self, name: str, data: bytes, *, if_none_match: bool = False, if_match: str | None = None) -> str:
         """Write a small object in one request and return its ETag.

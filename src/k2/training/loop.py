@@ -260,8 +260,17 @@ def train(
 
 
 def _show(report: StepReport, total: int, progress: Progress) -> None:
-    values = {"loss": report.loss, "lr": report.lr, "tokens": report.tokens, "max_logit": max(report.max_logits)}
-    progress.update(report.step, total, "steps", **values)
+    progress.update(
+        report.step,
+        total,
+        "steps",
+        loss=report.loss,
+        lr=report.lr,
+        tokens=report.tokens,
+        max_logit=max(report.max_logits),
+        max_logits=report.max_logits,
+        expert_load=report.expert_load,
+    )
     if report.skipped:
         progress.event("skipped_update", step=report.step, reason=report.skipped)
     if report.clipped_heads:
