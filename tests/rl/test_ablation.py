@@ -14,7 +14,9 @@ from tests.conftest import SilentProgress
 from tests.rl import program
 
 SFT = program.SFT.model_copy(update={"steps": 2})
-RL = program.RL.model_copy(update={"general_share": 0.0, "ptx_coefficient": 0.0, "iterations": 2, "segment_tokens": None})
+RL = program.RL.model_copy(
+    update={"general_share": 0.0, "ptx_coefficient": 0.0, "iterations": 2, "segment_tokens": None}
+)
 CONFIG = RlVsSftConfig(
     items=12, plateau=SFT, more_sft=SFT, rl=RL, rejection=SFT, rejection_rounds=1, rejection_prompts=4
 )
@@ -67,7 +69,9 @@ def test_arms_start_from_equal_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
     seen = []
     for name in ("supervise", "reinforce", "reject"):
-        monkeypatch.setattr(ablation._Study, name, lambda self, model, *_: seen.append(float(model.lm_head.weight.sum())))
+        monkeypatch.setattr(
+            ablation._Study, name, lambda self, model, *_: seen.append(model.lm_head.weight.sum().item())
+        )
     run_seed(CONFIG, Transformer(program.SHAPE).initialize(4), _tokenizer(), 1, SilentProgress())
     assert len(seen) == 4
     assert len(set(seen)) == 1

@@ -136,7 +136,9 @@ def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for arm in ("plateau", *ARMS)
             for mode in MODES
         }
-        table["scores"][part] = {f"{arm}/{mode}": Score.of(list(map(bool, p))).json() for (arm, mode), p in passes.items()}
+        table["scores"][part] = {
+            f"{arm}/{mode}": Score.of(list(map(bool, p))).json() for (arm, mode), p in passes.items()
+        }
         table["rl_minus"][part] = {
             f"{arm}/{mode}": dict(
                 zip(("mean", "low", "high"), paired_bootstrap(passes[arm, mode], passes["rl", mode]), strict=True)
