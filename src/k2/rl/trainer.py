@@ -81,9 +81,8 @@ class Trainer:
         if c.ptx_coefficient == 0:
             return None
         dialogs = task_demonstrations(self.tokenizer, c.tasks, c.ptx_demonstrations, c.seed)
-        length = max(len(dialog.ids) for dialog in dialogs)
         pad = self.tokenizer.special["[PAD]"]
-        return DemonstrationSource(dialogs, c.ptx_batch_size, length, c.ptx_batch_size, pad, c.seed)
+        return DemonstrationSource(dialogs, c.ptx_batch_size, c.ptx_context_length, c.ptx_batch_size, pad, c.seed)
 
     def _measure(self, step: int, items: int) -> None:
         """Note the held-out accuracy at a step, unless a checkpoint brought it along."""
