@@ -11,7 +11,14 @@ from k2.errors import UserError
 
 @click.command()
 @click.argument("model", default="champion")
-@click.option("--format", "form", type=click.Choice(["int4", "bf16"]), default="int4", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["int4", "bf16"]),
+    default="int4",
+    show_default=True,
+    help="Which of the exported models.",
+)
 @click.option("--system", help="What the conversation starts with; nothing by default.")
 @click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.6, show_default=True, help="0 is greedy.")

@@ -16,7 +16,7 @@ def _lines(section: Section, depth: int) -> Iterator[str]:
     indent = "  " * depth
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        note = field.description or ""
+        note = field.description or (type(value).__doc__ or "").partition("\n")[0]
         note += "" if is_semantic(type(section), name) else " (does not change the result)"
         comment = f"  # {note.strip()}" if note.strip() else ""
         if isinstance(value, Section):

@@ -6,9 +6,6 @@ from typing import Any, Protocol
 
 from k2.store.artifacts import Artifact
 
-Metrics = Mapping[str, Any]
-
-
 class Progress(Protocol):
     """Where a stage says how far it is. Calls are cheap: output is rate-limited behind it."""
 
@@ -21,7 +18,11 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class StageResult:
-    """What `run` returns: JSON-ready metrics for `summary.json`, and the published artifact."""
+    """What `run` returns: the published artifact, whose statistics are the metrics of `summary.json`."""
 
-    metrics: Metrics
     artifact: Artifact
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """What the stage said about its result when it published it; a cache hit says the same."""
+        return self.artifact.statistics

@@ -10,7 +10,7 @@ from typing import Any
 
 from k2.config.base import Section
 from k2.errors import StageError
-from k2.execution.contract import Progress
+from k2.execution.contract import Progress, StageResult
 from k2.execution.digest import artifact_key, code_digest
 from k2.execution.registry import STAGES, StageSpec
 from k2.store.artifacts import Artifact, ArtifactWriter, find
@@ -61,9 +61,9 @@ def execute(
         done = None if spec.always else _intact(store, stage, key)
         if done is not None:
             return Outcome(done, done.statistics, True, time.monotonic() - started)
-        artifact, metrics = _run(spec, config, inputs, store, key, lease, progress)
-    cached = spec.always and not metrics.get("changed", True)
-    return Outcome(artifact, metrics, cached, time.monotonic() - started)
+        result = _run(spec, config, inputs, store, key, lease, progress)
+    cached = spec.always and not result.metrics["changed"]
+    return Outcome(result.artifact, result.metrics, cached, time.monotonic() - started)
 
 
 def lookup(stage: str, config: Section, inputs: Mapping[str, Artifact], store: Store) -> Artifact | None:
@@ -102,7 +102,7 @@ def _run(
     key: str,
     lease: Lease,
     progress: Progress,
-) -> tuple[Artifact, Mapping[str, Any]]:
+) -> StageResult:
     stale = store.get_tagged(f"{spec.name}/{key}/manifest.json")
     provenance = {
         "code": code_digest(spec.module),
@@ -112,8 +112,8 @@ def _run(
     work = WorkArea(store, key, lease)
     writer = ArtifactWriter(store, spec.name, key, work, provenance, stale[1] if stale else None)
     try:
-        result = importlib.import_module(spec.module).run(config, inputs, writer, progress=progress)
+        result: StageResult = importlib.import_module(spec.module).run(config, inputs, writer, progress=progress)
     finally:
         writer.discard()
     work.clear()
-    return result.artifact, result.metrics
+    return result

@@ -29,4 +29,4 @@ def run(
     metrics = {"documents": snapshot.documents, "bytes": snapshot.bytes, "sources": snapshot.sources}
     if snapshot.problems:
         progress.event("unread_records", **report["problems"])
-    return StageResult(metrics, output.publish(**metrics, problems=report["problems"]))
+    return StageResult(output.publish(**metrics, problems=report["problems"]))

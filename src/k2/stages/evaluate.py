@@ -47,7 +47,7 @@ def run(
     output.path("evaluation.json").write_text(json.dumps(evaluation, indent=1, sort_keys=True) + "\n")
     output.path("report.json").write_text(json.dumps(report, sort_keys=True))
     metrics = {"scores": table[MODELS[-1]], "models": table}
-    return StageResult(metrics, output.publish(**metrics))
+    return StageResult(output.publish(**metrics))
 
 
 def _suite(config: EvaluateConfig, inputs: dict[str, Artifact]) -> Suite:

@@ -32,7 +32,7 @@ def run(
         "bits_per_weight": routed,
         "bits_per_weight_model": whole,
     }
-    return StageResult(metrics, output.publish(**metrics))
+    return StageResult(output.publish(**metrics))
 
 
 def _size(folder: Path) -> int:

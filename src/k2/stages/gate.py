@@ -38,7 +38,7 @@ def run(config: GateConfig, inputs: dict[str, Artifact], output: ArtifactWriter,
     output.path("decision.json").write_text(text)
     output.path("report.json").write_text(text)
     metrics = {"changed": decision.promote, "promote": decision.promote, "reasons": decision.reasons}
-    return StageResult(metrics, output.publish(**metrics))
+    return StageResult(output.publish(**metrics))
 
 
 def _candidate_scores(evaluation: Artifact) -> Scores:

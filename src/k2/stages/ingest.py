@@ -41,7 +41,7 @@ def run(
     metrics = _metrics(ingestion, kept, heldout)
     report = {**metrics, "dropped_examples": ingestion.tally.examples}
     output.path("report.json").write_text(json.dumps(report, indent=1, sort_keys=True), encoding="utf-8")
-    return StageResult(metrics, output.publish(**metrics))
+    return StageResult(output.publish(**metrics))
 
 
 def _prepared(config: IngestConfig, raw: Path, scratch: Path, work: WorkArea) -> list[Shard]:

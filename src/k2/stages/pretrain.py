@@ -45,7 +45,7 @@ def run(
             shutil.copyfile(tokens.path(name), output.path(name))
     metrics = _metrics(state)
     output.path("report.json").write_text(json.dumps(_report(config, state), sort_keys=True), encoding="utf-8")
-    return StageResult(metrics, output.publish(**metrics))
+    return StageResult(output.publish(**metrics))
 
 
 def _metrics(state: TrainState) -> dict[str, Any]:

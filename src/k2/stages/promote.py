@@ -26,7 +26,7 @@ def run(
         progress.event("promoted", alias=decision["alias"], uri=champion)
     metrics = {"changed": moved, "alias": decision["alias"], "champion": champion}
     output.path("promotion.json").write_text(json.dumps(metrics, indent=1, sort_keys=True) + "\n")
-    return StageResult(metrics, output.publish(**metrics))
+    return StageResult(output.publish(**metrics))
 
 
 def _move(store: Store, decision: dict[str, Any], export: Artifact) -> bool:

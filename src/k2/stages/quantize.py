@@ -50,7 +50,7 @@ def run(
     output.path("quantization.json").write_text(json.dumps({"bits": 4, "group_size": config.group_size}) + "\n")
     report = {"metrics": metrics, "measurements": state.notes, "curves": state.history.curves()}
     output.path("report.json").write_text(json.dumps(report, sort_keys=True))
-    return StageResult(metrics, output.publish(**metrics))
+    return StageResult(output.publish(**metrics))
 
 
 def _metrics(config: QuantizeConfig, state: TrainState) -> dict[str, Any]:

@@ -34,4 +34,4 @@ def run(
         file.writelines(map(json_line, attempt_rows(jobs)))
     output.path("report.json").write_text(json.dumps(report(jobs), sort_keys=True))
     result = metrics(jobs)
-    return StageResult(result, output.publish(**result))
+    return StageResult(output.publish(**result))

@@ -27,4 +27,4 @@ def run(
     progress.update(1, 1, "pages")
     changed = not records or any(not record["cached"] for record in records)
     metrics = {"changed": changed, "bytes": len(page.encode())}
-    return StageResult(metrics, output.publish(**metrics))
+    return StageResult(output.publish(**metrics))

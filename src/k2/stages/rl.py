@@ -32,4 +32,4 @@ def run(config: RlConfig, inputs: dict[str, Artifact], output: ArtifactWriter, *
     shutil.copytree(folder / "tokenizer", output.path("tokenizer/tokenizer.json").parent, dirs_exist_ok=True)
     metrics = metrics_of(state) | {"failed_samples": trainer.source.failed}
     output.path("report.json").write_text(json.dumps(report_of(state), sort_keys=True), encoding="utf-8")
-    return StageResult(metrics, output.publish(**metrics))
+    return StageResult(output.publish(**metrics))

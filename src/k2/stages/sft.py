@@ -45,4 +45,4 @@ def run(config: SftConfig, inputs: dict[str, Artifact], output: ArtifactWriter, 
     }
     report = {"curves": state.history.curves(), "accuracy": scores, "dropped_too_long": source.dropped}
     output.path("report.json").write_text(json.dumps(report, sort_keys=True), encoding="utf-8")
-    return StageResult(metrics, output.publish(**metrics))
+    return StageResult(output.publish(**metrics))

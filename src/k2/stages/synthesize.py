@@ -35,7 +35,7 @@ def run(
     counts = ("tools", "tasks", "trajectories", "accepted", "rejected_by_reason", "domains", "mcp_servers", "mcp_tools")
     metrics = {name: summary[name] for name in counts}
     metrics |= {name: summary["judge"][name] for name in ("judge_precision", "judge_recall")}
-    return StageResult(metrics, output.publish(**metrics))
+    return StageResult(output.publish(**metrics))
 
 
 def _play_in_shards(

@@ -34,4 +34,4 @@ def run(
     }
     report = {**metrics, "examples": token_examples(tokenizer, documents), "special": tokenizer.special}
     output.path("report.json").write_text(json.dumps(report, indent=1, sort_keys=True), encoding="utf-8")
-    return StageResult(metrics, output.publish(**metrics, train=train, heldout=held))
+    return StageResult(output.publish(**metrics, train=train, heldout=held))
