@@ -1,11 +1,11 @@
 """Confidence intervals for scores; 95% throughout."""
 
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
-from scipy.stats import norm
 
-Z95 = float(norm.ppf(0.975))
+Z95 = NormalDist().inv_cdf(0.975)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
