@@ -31,7 +31,7 @@ nano: $(READY) ## the whole recipe in under a minute
 	$(BIN)/k2 run --preset nano
 
 test: lint ## lint and all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -57,12 +57,9 @@ class Site:
         out, err = process.communicate()
         return Finished(process.returncode, out, err)
 
-    def digests(self) -> dict[str, str]:
-        """Content digest of what each stage of the latest run made."""
-        latest = max((self.folder / "runs").glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
-        stages = json.loads(latest.read_text())["stages"]
-        lines = {name: self.k2("lineage", stage["artifact"], "--json").json for name, stage in stages.items()}
-        return {name: tree["digest"] for name, tree in lines.items()}
+    def digest(self, uri: str) -> str:
+        """Content digest of an artifact."""
+        return str(self.k2("lineage", uri, "--json").json["digest"])
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -96,29 +97,40 @@ def test_fetch_copies_an_artifact(nano: Nano, tmp_path: Path) -> None:
     assert site.k2("fetch", uri, str(tmp_path / "model")).code == 2
 
 
-@pytest.mark.parametrize("moment", [4.0, 11.0, 19.0])
-def test_kill_9_and_run_again_gives_the_same_bytes(nano: Nano, site: Site, moment: float) -> None:
-    """The parent is killed; whatever step is under way dies with it, and the rerun continues."""
-    whole, _ = nano
+def wait_for(site: Site, what: str, seconds: float = 300.0) -> Path:
+    """The event file of the only run, as soon as it says `what`."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for events in (site.folder / "runs").glob("*/events.jsonl"):
+            if what in events.read_text():
+                return events
+        time.sleep(0.05)
+    raise TimeoutError(f"no {what} in {seconds} s")
+
+
+@pytest.mark.parametrize("stage", ["rephrase", "pretrain", "rl"])
+def test_kill_9_and_run_again_gives_the_same_bytes(nano: Nano, site: Site, stage: str) -> None:
+    """The parent is killed in a stage, at a random moment; its steps die with it, and the rerun continues."""
+    whole, first = nano
     process = site.start("run", "--preset", "nano")
-    time.sleep(moment)
+    events = wait_for(site, f'"stage":"{stage}"')
+    time.sleep(random.uniform(0, 6))
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    time.sleep(2)
+    size = events.stat().st_size
     again = site.k2("run", "--preset", "nano", "--json")
     assert again.code == 0, again.err
-    ours, theirs = again.json["stages"], whole.k2("run", "--preset", "nano", "--json").json["stages"]
-    for stage in ("rephrase", "pretrain", "sft", "rl", "quantize", "export"):
-        assert ours[stage]["artifact"] == theirs[stage]["artifact"], stage
+    assert events.stat().st_size == size, "a step outlived the run"
+    ours, theirs = again.json["stages"], first.json["stages"]
+    for name in ("rephrase", "pretrain", "sft", "rl", "quantize", "export"):
+        assert ours[name]["artifact"] == theirs[name]["artifact"], name
+    assert site.digest(ours["export"]["artifact"]) == whole.digest(theirs["export"]["artifact"])
 
 
 def test_ctrl_c_leaves_a_report_and_code_130(site: Site) -> None:
     process = site.start("run", "--preset", "nano")
-    events = Path()
-    for _ in range(300):
-        time.sleep(0.1)
-        events = next(iter((site.folder / "runs").glob("*/events.jsonl")), Path())
-        if events.is_file() and "stage_started" in events.read_text():
-            break
+    events = wait_for(site, "stage_started")
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == 130
