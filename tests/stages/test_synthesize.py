@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from k2.agentic import synthesis
 from k2.agentic import tasks as task_files
 from k2.config.synthesize import SynthesizeConfig
 from k2.errors import UserError
-from k2.execution.contract import Metrics, StageResult
+from k2.execution.contract import StageResult
 from k2.serving.chat_template import render
 from k2.serving.tool_calls import parse_assistant
 from k2.stages import synthesize
@@ -32,7 +32,7 @@ def rows(directory: Path, name: str) -> list[dict[str, Any]]:
 class Published:
     """One run of the stage, with its files copied to where they outlive the test that made them."""
 
-    metrics: Metrics
+    metrics: Mapping[str, Any]
     digest: str
     directory: Path
 
