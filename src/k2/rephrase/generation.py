@@ -11,12 +11,14 @@ from typing import Any
 
 from k2.config.rephrase import RephraseConfig
 from k2.execution.contract import Progress
-from k2.generation.protocol import GenerationRequest, Generator
+from k2.generation.protocol import Completion, GenerationRequest, Generator
 from k2.rephrase.chunking import count_tokens, split
-from k2.rephrase.fidelity import Embedder, Verdict, verify
+from k2.rephrase.embedding import Embedder
+from k2.rephrase.fidelity import Verdict, verify
 from k2.rephrase.prompts import Style, Turn, messages, style_for
 
-ANSWER_TOKENS = 1.6  # model tokens per word or punctuation mark of the source, with room to be longer
+# Most tokens of an answer: some, and so many for every word or punctuation mark of the source.
+BASE_TOKENS, TOKENS_PER_PIECE = 12, 1.4
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def plan(documents: Sequence[Mapping[str, Any]], config: RephraseConfig) -> list
     return [
         Job(document, ordinal, style_for(document["domain"], position + ordinal), chunks)
         for position, document in enumerate(documents)
-        for chunks in [split(document["text"], config.chunk_tokens)]
+        for chunks in [split(document["passage"], config.chunk_tokens)]
         for ordinal in range(config.rewrites_per_document)
     ]
 
@@ -101,8 +103,8 @@ def _rewrite_wave(
     ]
     answers = iter(generator.generate(requests))
     for job, history in zip(wave, histories, strict=True):
-        texts = [next(answers).text.strip() for _ in range(config.candidates)]
-        attempts = list(_judge(job, step, texts, history, embedder, config))
+        completions = [next(answers) for _ in range(config.candidates)]
+        attempts = list(_judge(job, step, completions, history, embedder, config))
         best = min(attempts, key=lambda attempt: (len(attempt.verdict.reasons), -attempt.verdict.similarity))
         job.attempts += [Attempt(**{**vars(attempt), "kept": attempt is best}) for attempt in attempts]
         job.history.append(Turn(best.source, best.rewrite if best.verdict.accepted else None))
@@ -114,22 +116,35 @@ def _requests(job: Job, step: int, history: Sequence[Turn], config: RephraseConf
     for candidate in range(config.candidates):
         yield GenerationRequest(
             messages(job.style, chunk, history),
-            max_tokens=16 + int(ANSWER_TOKENS * count_tokens(chunk)),
-            temperature=config.temperature,
+            max_tokens=BASE_TOKENS + int(TOKENS_PER_PIECE * count_tokens(chunk)),
+            # The likeliest answer is the best guess; samples are for the chunks where it fails.
+            temperature=config.temperature if candidate or config.candidates == 1 else 0.0,
             top_p=config.top_p,
             seed=_seed(config.seed, job.id, step, candidate),
         )
 
 
 def _judge(
-    job: Job, step: int, texts: Sequence[str], history: Sequence[Turn], embedder: Embedder, config: RephraseConfig
+    job: Job,
+    step: int,
+    completions: Sequence[Completion],
+    history: Sequence[Turn],
+    embedder: Embedder,
+    config: RephraseConfig,
 ) -> Iterator[Attempt]:
     source = job.chunks[step]
     before = "".join(job.chunks[:step])
     written = "\n".join(turn.rewrite or turn.source for turn in job.history)
-    for candidate, text in enumerate(texts):
+    for candidate, completion in enumerate(completions):
+        if completion.finish_reason == "error":
+            verdict = Verdict(0.0, ("generation_failed",))
+            yield Attempt(step, candidate, source, "", bool(history), verdict)
+            continue
+        text = completion.text.strip()
         similarity = embedder.similarity(source, text)
         verdict = verify(source, text, similarity, config.fidelity, context=before, written=written)
+        if completion.finish_reason == "length":
+            verdict = Verdict(similarity, (*verdict.reasons, "cut_off"))
         yield Attempt(step, candidate, source, text, bool(history), verdict)
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from k2.generation.protocol import Message
 
-SYSTEM = "You rewrite texts in other words. You keep every fact, name and number, and you add nothing."
-
 
 @dataclass(frozen=True)
 class Style:
@@ -26,13 +24,12 @@ class Style:
 
 KNOWLEDGE = (
     Style("plain", "general reader", "Paraphrase the following text in your own words."),
-    Style("encyclopedic", "editor", "Rewrite the following text in the neutral style of an encyclopedia."),
-    Style("explanation", "teacher", "Say what the following text says as a teacher would explain it to a student."),
-    Style("concise", "practitioner", "Rewrite the following text in short, direct sentences for a practitioner."),
-    Style("reference", "technical writer", "Rewrite the following text as clear reference documentation."),
+    Style("encyclopedic", "editor", "Paraphrase the following text in the neutral style of an encyclopedia."),
+    Style("concise", "practitioner", "Paraphrase the following text in short, direct sentences."),
+    Style("formal", "technical writer", "Rewrite the following text to make it more professional and formal."),
 )
 MATHEMATICS = (
-    Style("learning note", "student", "Rewrite the following text as a student's study note. Keep all formulas."),
+    Style("learning note", "student", "Paraphrase the following text as a short study note in your own words."),
     Style("learning note", "tutor", "Paraphrase the following text as a tutor's note. Keep all formulas and steps."),
 )
 
@@ -57,7 +54,7 @@ def messages(style: Style, chunk: str, history: Sequence[Turn]) -> list[Message]
     A rewritten chunk appears as a turn of the conversation, so the model sees the source so far and its own text
     so far and goes on in the same voice. A chunk that was not rewritten is shown as text that precedes the next.
     """
-    conversation: list[Message] = [{"role": "system", "content": SYSTEM}]
+    conversation: list[Message] = []
     before = ""
     for turn in history:
         if turn.rewrite is None:

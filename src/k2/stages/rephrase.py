@@ -7,7 +7,7 @@ from k2.data.documents import json_line, read_rows, write_rows
 from k2.execution.contract import Progress, StageResult
 from k2.generation.cache import CachedGenerator
 from k2.generation.factory import build_generator
-from k2.rephrase.fidelity import Embedder
+from k2.rephrase.embedding import Embedder
 from k2.rephrase.generation import plan, rewrite_all
 from k2.rephrase.results import all_documents, attempt_rows, metrics, report
 from k2.rephrase.selection import choose
