@@ -32,7 +32,7 @@ def run(
 
     result = run_pipeline(config, document, runs, sys.stderr)
     if as_json:
-        click.echo(json.dumps(result.summary, indent=1, sort_keys=True))
+        click.echo(json.dumps(result.summary, indent=1))
     for stage, record in result.summary["stages"].items():
         if record.get("error"):
             click.echo(f"error: {stage}: {record['error']['message']}", err=True)

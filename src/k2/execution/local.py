@@ -158,7 +158,7 @@ def _report(store: Store, preset: str, run: str, status: str) -> None:
 def _finish(store: Store, preset: str, run: str, status: str, wall_s: float, folder: Path) -> RunResult:
     records = read_run(store, run)
     result = summary(run, preset, status, round(wall_s, 3), records)
-    body = json.dumps(result, indent=1, sort_keys=True).encode()
+    body = json.dumps(result, indent=1).encode()
     (folder / "summary.json").write_bytes(body)
     store.put(f"runs/{run}/summary.json", body)
     page = store.get(f"runs/{run}/report.html")
