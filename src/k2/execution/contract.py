@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from k2.store.artifacts import Artifact
 
+
 class Progress(Protocol):
     """Where a stage says how far it is. Calls are cheap: output is rate-limited behind it."""
 

@@ -20,7 +20,6 @@ from typing import Any, TextIO
 
 from k2.config.k2 import K2Config
 from k2.config.report import ReportConfig
-from k2.errors import StageError
 from k2.execution.component import recorded
 from k2.execution.process import PARENT_VARIABLE
 from k2.execution.registry import STAGES
@@ -79,13 +78,14 @@ def run_pipeline(config: K2Config, overrides: Mapping[str, Any], runs: Path, str
     run = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = runs.absolute() / run
     folder.mkdir(parents=True)
+    os.environ["K2_EVENTS"] = str(folder / "events.jsonl")
     EventLog(folder / "events.jsonl").append("run", "run_started", run=run, preset=config.preset)
     started = time.monotonic()
     with object_store() as store:
         parameters = {"preset": config.preset, "overrides": json.dumps(overrides), "run": run}
         status = _run_child(parameters, folder, stream)
-        if status != "done":
-            _report(store, config.preset, run, status)
+        if store.stat(f"runs/{run}/report.html") is None or status == "interrupted":
+            recorded("report", ReportConfig(run=run, preset=config.preset, status=status), {}, run)
         return _finish(store, config.preset, run, status, time.monotonic() - started, folder)
 
 
@@ -117,7 +117,6 @@ def _child_environment(folder: Path) -> dict[str, str]:
     paths = [str(source), str(source.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     return os.environ | {
         "K2_RUN": folder.name,
-        "K2_EVENTS": str(folder / "events.jsonl"),
         "K2_HOME": str(k2_home()),
         PARENT_VARIABLE: "1",
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
@@ -150,21 +149,13 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _report(store: Store, preset: str, run: str, status: str) -> None:
-    """Write the report of a run whose exit handler may not have run."""
-    recorded("report", ReportConfig(run=run, preset=preset, status=status), {}, run)
-
-
 def _finish(store: Store, preset: str, run: str, status: str, wall_s: float, folder: Path) -> RunResult:
     records = read_run(store, run)
     result = summary(run, preset, status, round(wall_s, 3), records)
     body = json.dumps(result, indent=1).encode()
     (folder / "summary.json").write_bytes(body)
     store.put(f"runs/{run}/summary.json", body)
-    page = store.get(f"runs/{run}/report.html")
-    if page is None:
-        raise StageError(f"run {run} left no report; see {folder / 'kfp.log'}")
-    (folder / "report.html").write_bytes(page)
+    store.download(f"runs/{run}/report.html", folder / "report.html")
     failed = [record["error"] for record in records if record["status"] == "failed"]
     codes = {"done": 0, "interrupted": 130}
     return RunResult(result, folder, codes.get(status, failed[0]["exit_code"] if failed else 1))
