@@ -57,8 +57,10 @@ def test_chunks_see_what_came_before_and_are_stitched(embedder: Embedder, progre
     rewrite_all(jobs, author, embedder, settings, progress)
     assert [len(call) for call in author.calls] == [4, 4], "two waves over two rewrites of two documents"
     roles = [message["role"] for message in author.calls[1][0].messages]
-    assert roles == ["user", "assistant", "user"]
-    assert author.calls[1][0].messages[1]["content"] == REWRITES[FIRST.strip()]
+    assert roles == ["system", "user"]
+    context = author.calls[1][0].messages[0]["content"]
+    assert FIRST.strip() in context
+    assert REWRITES[FIRST.strip()] in context
     assert stitch(jobs[0], "drop") == REWRITES[FIRST.strip()] + "\n\n" + REWRITES[SECOND.strip()] + "\n"
     assert len({job.style for job in jobs[:2]}) == 2
     assert metrics(jobs)["context_chunks"] == 4
@@ -72,7 +74,8 @@ def test_a_rejected_chunk_stays_original_or_is_dropped(embedder: Embedder, progr
     rewrite_all(jobs, author, embedder, settings, progress)
     assert stitch(jobs[0], "keep_original") == FIRST + REWRITES[SECOND.strip()] + "\n"
     assert stitch(jobs[0], "drop") == REWRITES[SECOND.strip()] + "\n"
-    assert "Rivers carry water" in author.calls[1][0].messages[-1]["content"], "the source is still context"
+    context = author.calls[1][0].messages[0]["content"]
+    assert context.count("Rivers carry water") == 1, "the source is still context"
     counted = metrics(jobs)
     assert (counted["chunks"], counted["accepted"], counted["rejected"]) == (2, 1, 1)
     assert counted["reasons"]["similarity"] == 1
@@ -151,6 +154,6 @@ def test_shares_of_words() -> None:
 def test_prompts_are_diverse_and_mathematics_becomes_a_learning_note() -> None:
     assert len({(style.style, style.perspective) for style in KNOWLEDGE}) >= 4
     assert {style.style for style in MATHEMATICS} == {"learning note"}
-    asked = messages(KNOWLEDGE[0], "chunk", [Turn("kept out", None), Turn("source", "rewrite")])
-    assert "kept out" in asked[0]["content"]
-    assert asked[1] == {"role": "assistant", "content": "rewrite"}
+    context, asked = messages(KNOWLEDGE[0], "chunk", [Turn("kept out ", None), Turn("source", "rewrite")])
+    assert context["content"].endswith("kept out\nsource\nYour rewrite of it: kept out\nrewrite")
+    assert asked == {"role": "user", "content": f"{KNOWLEDGE[0].instruction}\n\nchunk"}

@@ -3,7 +3,7 @@
 K2 gives no prompt texts (report section 2.2); these are our own, short enough for a model of 135M parameters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from k2.generation.protocol import Message
@@ -24,13 +24,13 @@ class Style:
 
 KNOWLEDGE = (
     Style("plain", "general reader", "Paraphrase the following text in your own words."),
-    Style("encyclopedic", "editor", "Paraphrase the following text in the neutral style of an encyclopedia."),
+    Style("encyclopedic", "editor", "Rephrase the following text as an encyclopedia would put it."),
     Style("concise", "practitioner", "Paraphrase the following text in short, direct sentences."),
-    Style("formal", "technical writer", "Rewrite the following text to make it more professional and formal."),
+    Style("reference", "technical writer", "Reword the following text for a reference manual, in your own words."),
 )
 MATHEMATICS = (
     Style("learning note", "student", "Paraphrase the following text as a short study note in your own words."),
-    Style("learning note", "tutor", "Paraphrase the following text as a tutor's note. Keep all formulas and steps."),
+    Style("learning note", "tutor", "Rephrase the following text in your own words, as a note of a tutor."),
 )
 
 
@@ -51,21 +51,18 @@ class Turn:
 def messages(style: Style, chunk: str, history: Sequence[Turn]) -> list[Message]:
     """The conversation that asks for a rewrite of `chunk` after `history`.
 
-    A rewritten chunk appears as a turn of the conversation, so the model sees the source so far and its own text
-    so far and goes on in the same voice. A chunk that was not rewritten is shown as text that precedes the next.
+    The system message shows the source so far and, once a part of it was rewritten, the text so far, so that the
+    model goes on in the same voice. As earlier turns of the conversation the same text halves what is accepted:
+    a small model then repeats its last answer.
     """
-    conversation: list[Message] = []
-    before = ""
-    for turn in history:
-        if turn.rewrite is None:
-            before += turn.source
-            continue
-        conversation.append({"role": "user", "content": _ask(style, before, turn.source)})
-        conversation.append({"role": "assistant", "content": turn.rewrite})
-        before = ""
-    return [*conversation, {"role": "user", "content": _ask(style, before, chunk)}]
+    question: Message = {"role": "user", "content": f"{style.instruction}\n\n{chunk.strip()}"}
+    if not history:
+        return [question]
+    context = "You rewrite a document part by part.\nThe part before: " + _joined(turn.source for turn in history)
+    if any(turn.rewrite for turn in history):
+        context += "\nYour rewrite of it: " + _joined(turn.rewrite or turn.source for turn in history)
+    return [{"role": "system", "content": context}, question]
 
 
-def _ask(style: Style, before: str, chunk: str) -> str:
-    context = f"Earlier in the document, not to be rewritten:\n{before.strip()}\n\n" if before.strip() else ""
-    return f"{context}{style.instruction}\n\n{chunk.strip()}"
+def _joined(parts: Iterable[str]) -> str:
+    return "\n".join(part.strip() for part in parts)
