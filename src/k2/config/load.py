@@ -131,12 +131,13 @@ def _explain(item: Any) -> str:
 
 
 def _known(location: tuple[str | int, ...]) -> str:
-    section: Any = K2Config
+    section: type[Section] = K2Config
     for part in location[:-1]:
-        field = section.model_fields.get(str(part)) if isinstance(section, type) and issubclass(section, Section) else None
-        section = _section_type(field.annotation) if field is not None else None
-    if section is None:
-        return "see `k2 config show`"
+        field = section.model_fields.get(str(part))
+        inner = _section_type(field.annotation) if field else None
+        if inner is None:
+            return "see `k2 config show`"
+        section = inner
     return f"the fields are {', '.join(section.model_fields)}"
 
 
