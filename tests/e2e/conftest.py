@@ -45,6 +45,7 @@ class Site:
             [sys.executable, "-m", "k2.cli", *arguments],
             cwd=self.folder,
             env=self.environment | variables,
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -87,6 +89,24 @@ def test_a_stage_alone_finds_its_inputs(nano: Nano) -> None:
     assert alone.code == 0, alone.err
     assert alone.json["cached"]
     assert alone.json["artifact"] == run.json["stages"]["tokenize"]["artifact"]
+
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", re.findall(r"^\$ k2 (.+)$", README, re.MULTILINE))
+def test_the_readme_s_commands_work(nano: Nano, command: str) -> None:
+    site, _ = nano
+    run = site.k2(*shlex.split(command))
+    assert run.code == 0, run.err
+
+
+def test_chat_answers_with_the_champion(nano: Nano) -> None:
+    site, _ = nano
+    process = site.start("chat", "--max-tokens", "4", "--temperature", "0")
+    assert process.stdin is None
+    process.communicate()
+    assert process.returncode == 0
 
 
 def test_fetch_copies_an_artifact(nano: Nano, tmp_path: Path) -> None:
