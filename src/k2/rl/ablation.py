@@ -4,7 +4,7 @@ Demonstrations are a fixed finite set that covers a stated part of the task dist
 begins with one of `covered_digits`. SFT trains on them to its plateau. From that checkpoint three arms run with step
 counts fixed in the configuration: `rl` on prompts without answers from the whole distribution, `sft` on the same
 demonstrations, `rejection` (fine-tuning on the model's own verified answers to the same prompts as RL). Every arm
-answers the same held-out problems; differences are paired.
+answers the same held-out problems. `k2.rl.ablation_report` compares the answers.
 """
 
 import copy
@@ -16,8 +16,7 @@ from typing import Any
 from k2.config.ablation import RlVsSftConfig
 from k2.config.sft import SftConfig
 from k2.data.tokenizer import Tokenizer
-from k2.evaluation.harness import MODES, MixtureResult, Score, encode_prompt, evaluate_mixture
-from k2.evaluation.scoring import paired_bootstrap
+from k2.evaluation.harness import MODES, MixtureResult, Mode, encode_prompt, evaluate_mixture
 from k2.evaluation.tasks import Example, get_task, sample_mixture
 from k2.execution.contract import Progress
 from k2.model import hf
@@ -46,9 +45,10 @@ def run_seed(
 ) -> dict[str, Any]:
     """One seed of the study, JSON-ready: passes per held-out item and CPU seconds for the plateau and each arm."""
     study = _Study(config, tokenizer, seed, progress)
-    plateau = copy.deepcopy(base)
+    plateau, start = copy.deepcopy(base), time.process_time()
     study.supervise(plateau, study.demonstrations(), config.plateau)
-    result: dict[str, Any] = {"seed": seed, "plateau": study.answers(plateau), "cpu_s": {}}
+    result: dict[str, Any] = {"seed": seed, "cpu_s": {"plateau": time.process_time() - start}}
+    result["plateau"] = study.answers(plateau)
     arms: Mapping[str, Callable[[Transformer], None]] = {
         "rl": study.reinforce,
         "sft": lambda model: study.supervise(model, study.demonstrations(), config.more_sft),
@@ -59,6 +59,7 @@ def run_seed(
         arms[arm](model)
         result["cpu_s"][arm] = time.process_time() - start
         result[arm] = study.answers(model)
+    result["prompts"] = [str(example.messages[0]["content"]) for example in study.heldout]
     result["covered"] = [covered(example, config.covered_digits) for example in study.heldout]
     return result
 
@@ -103,7 +104,7 @@ class _Study:
         """Whether each held-out problem was solved, sampled and greedy."""
         return {mode: [int(passed) for passed in self._evaluate(model, mode).passes] for mode in MODES}
 
-    def _evaluate(self, model: Transformer, mode: Any) -> MixtureResult:
+    def _evaluate(self, model: Transformer, mode: Mode) -> MixtureResult:
         c, tokens = self.config, self.config.rl.max_tokens
         return evaluate_mixture(Engine(model), self.tokenizer, c.rl.tasks, c.items, mode, self.seed, tokens)
 
@@ -117,42 +118,17 @@ class _Study:
         ]
         engine = RolloutEngine(Engine(model), self.tokenizer, rl.max_tokens, None)
         engine.advance(groups, rl.temperature, f"rejection/{self.seed}/{round_}", 0)
-        return [
-            EncodedChat(g.prompt_ids + r.response_ids, [False] * len(g.prompt_ids) + [True] * len(r.response_ids))
+        right = [
+            (tuple(g.prompt_ids), tuple(r.response_ids))
             for example, g in zip(examples, groups, strict=True)
             for r in g.rollouts
             if r.ended and get_task(example.task).score(example, engine.text(r)) >= 1
         ]
-
-
-def summarize(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The table of the study over all seeds, whatever it shows: scores, paired differences from RL, CPU seconds."""
-    inside = [flag for result in results for flag in result["covered"]]
-    table: dict[str, Any] = {"seeds": [result["seed"] for result in results], "scores": {}, "rl_minus": {}}
-    for part, wanted in (("covered", True), ("uncovered", False)):
-        kept = [index for index, flag in enumerate(inside) if flag == wanted]
-        passes = {
-            (arm, mode): [_pooled(results, arm, mode)[index] for index in kept]
-            for arm in ("plateau", *ARMS)
-            for mode in MODES
-        }
-        table["scores"][part] = {
-            f"{arm}/{mode}": Score.of(list(map(bool, p))).json() for (arm, mode), p in passes.items()
-        }
-        table["rl_minus"][part] = {
-            f"{arm}/{mode}": dict(
-                zip(("mean", "low", "high"), paired_bootstrap(passes[arm, mode], passes["rl", mode]), strict=True)
-            )
-            for arm in ("plateau", "sft", "rejection")
-            for mode in MODES
-            if kept
-        }
-    cpu = {arm: sum(result["cpu_s"][arm] for result in results) for arm in ARMS}
-    return table | {"cpu_s": cpu, "cpu_spread": max(cpu.values()) / min(cpu.values()) - 1}
-
-
-def _pooled(results: Sequence[Mapping[str, Any]], arm: str, mode: str) -> list[int]:
-    return [passed for result in results for passed in result[arm][mode]]
+        # Equal answers count once, as in Yuan et al. 2023 (arXiv:2308.01825): easy problems would outweigh the others.
+        return [
+            EncodedChat([*prompt, *response], [False] * len(prompt) + [True] * len(response))
+            for prompt, response in dict.fromkeys(right)
+        ]
 
 
 def run_component(config_json: str, model_uri: str, seed: int) -> str:
