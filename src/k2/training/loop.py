@@ -1,7 +1,7 @@
 """The one training loop. Pretraining, fine-tuning, quantisation-aware training and RL differ in data and loss only.
 
-A stage builds a `TrainState`, a `Source` of micro-batches and a `LossFn`, and calls `train`. RL, which makes its
-batches from rollouts, calls `train_step` itself. Nothing here knows the time, so a resumed run makes the same bytes.
+A stage builds a `TrainState`, a `Source` of micro-batches and a `LossFn`, and calls `train`; for RL the source makes
+rollouts with the live policy. Nothing here knows the time, so a resumed run makes the same bytes.
 
 Letters in shapes: N layers, M layers with experts, H heads, E experts.
 """
