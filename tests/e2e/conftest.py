@@ -52,7 +52,7 @@ class Site:
             text=True,
             start_new_session=True,
             # A test run in the background ignores Ctrl-C, and its children would inherit that.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def k2(self, *arguments: str, **variables: str) -> Finished:
