@@ -27,7 +27,7 @@ $(READY): requirements.lock requirements-nodeps.lock pyproject.toml
 run: $(READY) ## the whole recipe on this machine
 	$(BIN)/k2 run
 
-nano: $(READY) ## the whole recipe in under a minute
+nano: $(READY) ## the whole recipe in about a minute
 	$(BIN)/k2 run --preset nano
 
 test: lint ## lint and all tests

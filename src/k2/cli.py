@@ -34,7 +34,7 @@ def main() -> None:
 
     \b
     k2 run                        the whole recipe, minutes on two cores
-    k2 run --preset nano          the same DAG in under a minute
+    k2 run --preset nano          the same DAG in about a minute
     k2 run --set rl.seed=3        change one field; only what depends on it runs again
     k2 config show tiny           every field, explained
     k2 pretrain                   one stage alone, on what was made before
