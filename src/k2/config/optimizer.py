@@ -1,11 +1,14 @@
 """MuonClip and the rules of one training step. Kimi K2's values are the defaults (report section 2.1 and 2.5)."""
 
+from typing import Literal
+
 from k2.config.base import Section, setting
 
 
 class OptimizerConfig(Section):
     """Muon for matrices, AdamW for embeddings, head and gains, QK-Clip, expert bias, and what to do with bad steps."""
 
+    matrices: Literal["muon", "adamw"] = setting("muon", "what updates the matrices; adamw is there to compare with")
     momentum: float = setting(0.95, "Muon's momentum (mu)", ge=0, lt=1)
     nesterov: bool = setting(True, "feed mu * M + G to Newton-Schulz instead of M, as Moonlight does")
     newton_schulz_steps: int = setting(5, "iterations of Newton-Schulz", ge=1, le=20)

@@ -8,6 +8,7 @@ Letters in shapes: N matrices, R rows, C columns.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from math import sqrt
 from typing import Any
 
@@ -44,7 +45,7 @@ class MuonClip(torch.optim.Optimizer):
         config: OptimizerConfig,
         lr: float = 0.0,
     ) -> None:
-        layout = list(layout)
+        layout = list(layout) if config.matrices == "muon" else _without_muon(layout)
         self.config = config
         self._parameters = {name: p for name, p in parameters if p.requires_grad}
         parts = partition(layout, {name: tuple(p.shape) for name, p in self._parameters.items()})
@@ -91,7 +92,8 @@ class MuonClip(torch.optim.Optimizer):
             raise ValueError("MuonClip takes no closure")
         self._steps += 1
         gradients = {name: _gradient(p, self._weights[name]) for name, p in self._parameters.items()}
-        self._muon_step(gradients, self.param_groups[0]["lr"])
+        if self._muon:
+            self._muon_step(gradients, self.param_groups[0]["lr"])
         self._adamw_step(gradients, self.param_groups[1]["lr"])
         self.clip_report = self.qk_clip.apply(self._weights)
         self._round_masters()
@@ -175,6 +177,10 @@ class MuonClip(torch.optim.Optimizer):
         for name, tensor in own.items():
             tensor.copy_(state_dict[name])
         self._steps = int(state_dict["steps"])
+
+
+def _without_muon(layout: Iterable[LogicalTensor]) -> list[LogicalTensor]:
+    return [replace(tensor, group="adamw") if tensor.group == "muon" else tensor for tensor in layout]
 
 
 def _equal_shapes(blocks: Iterable[Block]) -> dict[tuple[int, int], list[Block]]:
