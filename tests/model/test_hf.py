@@ -1,6 +1,7 @@
 """Checkpoints: round trip, bytes, outside readers, and what is refused by name."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -95,15 +96,18 @@ def broken(tmp_path: Path, change: str) -> str:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ("missing", "missing, the first is model.layers.1.mlp.experts.3.up_proj.weight"),
-        ("extra", "unknown, the first is model.layers.1.mlp.experts.6.up_proj.weight"),
-        ("misshapen", r"model.norm.weight: shape is [47], config.json says [48]"),
-        ("not finite", "lm_head.weight: holds NaN"),
-        ("truncated", "model.safetensors: not a complete safetensors file"),
+        (
+            "missing",
+            r"tensor model\.layers\.1\.mlp\.experts\.3\.up_proj\.weight: expected in .*/model, found nowhere; 1 ",
+        ),
+        ("extra", r"tensor model\.layers\.1\.mlp\.experts\.6\.up_proj\.weight in .*/model\.safetensors: unknown"),
+        ("misshapen", r"model\.norm\.weight in .*: expected shape \[48\], found \[47\]"),
+        ("not finite", r"lm_head\.weight: expected finite values, found 1 NaN or infinite in .*/model\.safetensors"),
+        ("truncated", r"model\.safetensors: not a complete safetensors file: expected (\d+) bytes, found \d+"),
     ],
 )
 def test_a_broken_checkpoint_is_refused_by_name(tmp_path: Path, change: str, named: str) -> None:
-    assert named in broken(tmp_path, change)
+    assert re.search(named, broken(tmp_path, change))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -5,22 +5,21 @@ import re
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from k2.config.export import ExportConfig
 from k2.config.model import ModelConfig
 from k2.errors import UserError
+from k2.interop.convert import write_folder
+from k2.interop.source import LogicalTensors
 from k2.model import hf
-from k2.model.hf import CheckpointTensors
 from k2.model.layout import logical_tensors
 from k2.quant.checkpoint import (
     IGNORE,
-    Int4Tensors,
     as_exported,
     bits_per_weight,
     load_int4,
     quantization_config,
-    write_bf16,
-    write_int4,
 )
 from k2.quant.fake_quant import fake_quantize
 from tests.quant.tiny import TINY, model, prompts, write_checkpoint
@@ -31,10 +30,9 @@ def folders(tmp_path_factory):
     """The folders of one checkpoint, INT4 in many shards."""
     base = tmp_path_factory.mktemp("quant")
     write_checkpoint(base / "checkpoint")
-    tensors = CheckpointTensors(base / "checkpoint" / "model")
-    write_bf16(tensors, TINY, base / "bf16", 2**30)
-    write_int4(tensors, TINY, base / "int4", 40_000, 32)
-    write_int4(tensors, TINY, base / "again", 40_000, 32)
+    for name, form, shard_bytes in (("bf16", "bf16", 2**30), ("int4", "int4", 40_000), ("again", "int4", 40_000)):
+        (base / name).mkdir()
+        write_folder(base / "checkpoint", base / name, form, 32, ExportConfig(shard_bytes=shard_bytes))
     return base
 
 
@@ -57,7 +55,7 @@ def test_only_routed_experts_are_packed_and_all_of_them(folders):
 
 
 def test_types_and_shapes_are_those_of_the_format(folders):
-    stored = CheckpointTensors(folders / "int4")
+    stored = hf.CheckpointTensors(folders / "int4")
     name = "model.layers.1.mlp.experts.3.down_proj.weight"
     packed, scale, shape = (stored[f"{name}_{part}"] for part in ("packed", "scale", "shape"))
     assert (packed.dtype, tuple(packed.shape)) == (torch.int32, (64, 4))
@@ -91,16 +89,16 @@ def test_exported_logits_equal_the_fake_quantised_model_bit_for_bit(folders):
 
 
 def test_mapping_counts_plain_names(folders):
-    tensors = Int4Tensors(folders / "int4")
-    assert list(tensors) == sorted(t.name for t in logical_tensors(TINY))
+    tensors = LogicalTensors(folders / "int4")
+    assert list(tensors) == [t.name for t in logical_tensors(TINY)]
     assert len(tensors) == len(logical_tensors(TINY))
 
 
 def test_a_missing_part_is_named(folders, tmp_path):
-    write_int4(CheckpointTensors(folders / "checkpoint" / "model"), TINY, tmp_path, 2**30, 32)
+    write_folder(folders / "checkpoint", tmp_path, "int4", 32, ExportConfig())
     stored = load_file(tmp_path / "model.safetensors")
     removed = "model.layers.1.mlp.experts.0.up_proj.weight"
-    hf.save_file({n: v for n, v in stored.items() if not n.startswith(removed)}, tmp_path / "model.safetensors")
+    save_file({n: v for n, v in stored.items() if not n.startswith(removed)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=re.escape(removed)):
         load_int4(tmp_path)
 

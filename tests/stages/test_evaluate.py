@@ -6,15 +6,15 @@ import pytest
 from k2.agentic.tasks import HELDOUT_FILE, Agent, Persona, Rubric, Task, write
 from k2.agentic.tools import ToolSpec
 from k2.config.evaluate import EvaluateConfig
+from k2.config.export import ExportConfig
 from k2.evaluation.gate import parse_scores
-from k2.model.hf import CheckpointTensors
-from k2.quant.checkpoint import write_int4
+from k2.interop.convert import write_folder
 from k2.stages import evaluate
 from k2.stages.evaluate import MODELS, run
 from k2.store.artifacts import ArtifactWriter
 from k2.store.lease import Lease
 from k2.store.work import WorkArea
-from tests.quant.tiny import TINY, write_checkpoint
+from tests.quant.tiny import write_checkpoint
 
 CONFIG = EvaluateConfig(
     tasks=("addition_1",),
@@ -53,7 +53,8 @@ def inputs(make_artifact, tmp_path):
         name: make_artifact(kind, write_checkpoint(tmp_path / name, seed))
         for seed, (name, kind) in enumerate([("base", "pretrain"), ("sft", "sft"), ("rl", "rl")])
     }
-    write_int4(CheckpointTensors(tmp_path / "rl" / "model"), TINY, tmp_path / "int4", 100_000, 32)
+    (tmp_path / "int4").mkdir()
+    write_folder(tmp_path / "rl", tmp_path / "int4", "int4", 32, ExportConfig(shard_bytes=100_000))
     exported = {f"int4/{path.name}": path for path in (tmp_path / "int4").iterdir()} | {"bf16/config.json": b"{}"}
     np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 300, 500).astype(np.uint16))
     np.save(tmp_path / "offsets.npy", np.array([0, 100, 500]))

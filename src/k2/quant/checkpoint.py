@@ -1,10 +1,8 @@
-"""Hugging Face folders in bfloat16 and in compressed-tensors' `pack-quantized` INT4, written and read.
+"""The routed experts in compressed-tensors' `pack-quantized` INT4: how `config.json` says so, sizes, exact weights.
 
-Tensors pass through memory one at a time (and one shard at a time to be written). The layout of logical tensors says
-what is quantised: the routed experts and nothing else.
+The layout of logical tensors says what is quantised: the routed experts and nothing else.
 """
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +10,12 @@ import torch
 from torch import Tensor
 
 from k2.config.model import ModelConfig
-from k2.model.hf import (
-    CheckpointTensors,
-    fill,
-    part,
-    read_config,
-    stored_dtype,
-    to_hf_config,
-    write_config,
-    write_shards,
-)
+from k2.interop.source import LogicalTensors
+from k2.model.hf import fill, part, stored_dtype
 from k2.model.layout import LogicalTensor, logical_tensors
+from k2.model.storage import weight_bytes
 from k2.model.transformer import Transformer
-from k2.quant.int4 import dequantize, pack, quantize, unpack
+from k2.quant.int4 import dequantize, quantize
 
 IGNORE = (
     "lm_head",
@@ -61,54 +52,14 @@ def quantization_config(group_size: int) -> dict[str, Any]:
     }
 
 
-def write_bf16(tensors: Mapping[str, Tensor], config: ModelConfig, directory: Path, shard_bytes: int) -> None:
-    """Write `config.json` and the weights in bfloat16 (selection biases in float32)."""
-    layout = logical_tensors(config)
-    named = ((t.name, tensors[t.name].to(stored_dtype(t, torch.bfloat16))) for t in layout)
-    sizes = [t.size * stored_dtype(t, torch.bfloat16).itemsize for t in layout]
-    _write(named, sizes, to_hf_config(config), directory, shard_bytes)
-
-
-def write_int4(
-    tensors: Mapping[str, Tensor], config: ModelConfig, directory: Path, shard_bytes: int, group_size: int
-) -> None:
-    """Write `config.json` and the weights, the routed experts packed and the rest as `write_bf16` does."""
-    layout = logical_tensors(config)
-    named = (pair for t in layout for pair in _stored(t, tensors[t.name], group_size))
-    sizes = [size for t in layout for size in _stored_bytes(t, group_size)]
-    extra = {"quantization_config": quantization_config(group_size)}
-    _write(named, sizes, to_hf_config(config) | extra, directory, shard_bytes)
-
-
 def bits_per_weight(config: ModelConfig, group_size: int) -> tuple[float, float]:
     """Bits a weight takes in the INT4 folder: of the routed experts, and of the whole model."""
     layout = logical_tensors(config)
-    routed = [t for t in layout if t.quantized]
 
     def bits(tensors: list[LogicalTensor]) -> float:
-        return 8 * sum(sum(_stored_bytes(t, group_size)) for t in tensors) / sum(t.size for t in tensors)
+        return 8 * weight_bytes(tensors, "int4", group_size) / sum(t.size for t in tensors)
 
-    return bits(routed), bits(layout)
-
-
-class Int4Tensors(Mapping[str, Tensor]):
-    """A folder's tensors under their plain names, packed ones dequantised (bfloat16) when asked for."""
-
-    def __init__(self, directory: Path) -> None:
-        """Raises UserError as `CheckpointTensors` does."""
-        self._stored = CheckpointTensors(directory)
-        self._names = sorted({_plain_name(name) for name in self._stored})
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._stored:
-            return self._stored[name]
-        return dequantize(unpack(self._stored[f"{name}_packed"]), self._stored[f"{name}_scale"])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    return bits([t for t in layout if t.quantized]), bits(layout)
 
 
 @torch.no_grad()
@@ -121,45 +72,17 @@ def as_exported(model: Transformer, group_size: int | None) -> Transformer:
 
 
 def load_int4(directory: Path, *, compute_dtype: torch.dtype = torch.float32) -> Transformer:
-    """Read an INT4 folder into a Transformer that holds the dequantised weights.
+    """Read a folder in INT4 (or FP8, or no quantisation) into a Transformer that holds the dequantised weights.
 
     Raises UserError naming any tensor that is missing, unknown, misshapen or not finite.
     """
-    model = Transformer(read_config(directory), compute_dtype=compute_dtype)
-    fill(model, Int4Tensors(directory))
+    tensors = LogicalTensors(directory)
+    model = Transformer(tensors.config, compute_dtype=compute_dtype)
+    fill(model, tensors)
     return model
-
-
-def _write(
-    named: Iterator[tuple[str, Tensor]], sizes: list[int], config: dict[str, Any], directory: Path, shard_bytes: int
-) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    write_config(config | {"dtype": "bfloat16"}, directory)
-    write_shards(named, sizes, directory, shard_bytes)
 
 
 def _rounded(tensor: LogicalTensor, value: Tensor, group_size: int | None) -> Tensor:
     if tensor.quantized and group_size is not None:
         return dequantize(*quantize(value, group_size))
     return value.to(stored_dtype(tensor, torch.bfloat16))
-
-
-def _stored(tensor: LogicalTensor, value: Tensor, group_size: int) -> Iterator[tuple[str, Tensor]]:
-    """What the INT4 folder holds for a logical tensor; `_stored_bytes` gives the sizes."""
-    if not tensor.quantized:
-        yield tensor.name, value.to(stored_dtype(tensor, torch.bfloat16))
-        return
-    values, scale = quantize(value, group_size)
-    yield f"{tensor.name}_packed", pack(values)
-    yield f"{tensor.name}_scale", scale
-    yield f"{tensor.name}_shape", torch.tensor(tensor.shape, dtype=torch.int32)
-
-
-def _stored_bytes(tensor: LogicalTensor, group_size: int) -> list[int]:
-    if not tensor.quantized:
-        return [tensor.size * stored_dtype(tensor, torch.bfloat16).itemsize]
-    return [tensor.size // 2, tensor.size // group_size * torch.bfloat16.itemsize, 2 * torch.int32.itemsize]
-
-
-def _plain_name(name: str) -> str:
-    return name.removesuffix("_packed").removesuffix("_scale").removesuffix("_shape")

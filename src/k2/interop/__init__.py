@@ -1,0 +1,1 @@
+"""Checkpoints to and from other software: what formats store, and conversion tensor by tensor."""
