@@ -1,55 +1,120 @@
-"""Where and how a task runs in a cluster: resources, time limit, security, credentials by secret name."""
+"""Where and how a task runs in a cluster, from the deployment that the pipeline is rendered for.
 
-from dataclasses import dataclass
+kfp's local runner knows nothing of this; without a deployment a task only gets its name and no KFP cache.
+"""
 
-from kfp import kubernetes
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 from kfp.dsl import PipelineTask
 
+from k2.config.deployment import Deployment, Placement
+from k2.config.quantity import mebibytes
 from k2.execution.registry import STAGES
+from k2.platform.pods import CA_FOLDER, LAUNCH_VARIABLE, SCRATCH, environment, labels, secret_variables
 
-SECRET_KEYS = {
-    name: name for name in ("K2_S3_ENDPOINT", "K2_S3_BUCKET", "K2_S3_PREFIX", "K2_S3_ACCESS_KEY", "K2_S3_SECRET_KEY")
-}
+TITLES = {"configure": "Validate the configuration", "guard": "Is there anything to do, and money for it?"}
 
-
-@dataclass(frozen=True)
-class Needs:
-    """What one task asks for: CPU cores, memory, hours before it is stopped."""
-
-    cpu: str
-    memory: str
-    hours: float
+_DEPLOYMENT: ContextVar[Deployment | None] = ContextVar("deployment", default=None)
 
 
-LIGHT = Needs("500m", "1Gi", 1)
-DATA = Needs("2", "4Gi", 12)
-TRAIN = Needs("2", "4Gi", 24)
-NEEDS = {
-    "corpus": DATA,
-    "ingest": DATA,
-    "rephrase": TRAIN,
-    "tokenize": DATA,
-    "pretrain": TRAIN,
-    "synthesize": DATA,
-    "sft": TRAIN,
-    "rl": TRAIN,
-    "quantize": TRAIN,
-    "export": DATA,
-    "evaluate": TRAIN,
-}
-UID = 1000
+@contextmanager
+def deployed(deployment: Deployment) -> Iterator[None]:
+    """Place the tasks of pipelines that are built inside."""
+    token = _DEPLOYMENT.set(deployment)
+    try:
+        yield
+    finally:
+        _DEPLOYMENT.reset(token)
+
+
+def stage_costs() -> str:
+    """JSON: stage -> cost of an hour in the deployment that the pipeline is rendered for."""
+    deployment = _DEPLOYMENT.get()
+    return json.dumps(deployment.costs() if deployment else {}, sort_keys=True)
 
 
 def place(task: PipelineTask, name: str) -> PipelineTask:
-    """Give a task its display name, resources, time limit, non-root user and the store's secret; KFP's cache is off.
+    """Give a task its display name and, in a rendered pipeline, image, resources, node, time limit and identity.
 
-    K2's own cache compares content digests and checks that the artifact still exists; KFP's does neither.
+    KFP's cache is off: K2's own compares content digests and checks that the artifact still exists.
     """
-    needs = NEEDS.get(name, LIGHT)
-    title = STAGES[name].title if name in STAGES else "Validate the configuration"
-    task.set_display_name(title).set_caching_options(False)
-    task.set_cpu_request(needs.cpu).set_memory_request(needs.memory).set_memory_limit(needs.memory)
-    kubernetes.set_timeout(task, seconds=int(needs.hours * 3600))
-    kubernetes.set_security_context(task, run_as_user=UID, run_as_group=UID, run_as_non_root=True)
-    kubernetes.use_secret_as_env(task, secret_name="k2-s3", secret_key_to_env=SECRET_KEYS)
+    task.set_display_name(STAGES[name].title if name in STAGES else TITLES[name]).set_caching_options(False)
+    deployment = _DEPLOYMENT.get()
+    if deployment is None:
+        return task
+    here, launch = deployment.placement(name), {}
+    if here.pool.launch == "job":
+        launch = {LAUNCH_VARIABLE: here.model_dump_json(exclude_defaults=True)}
+        here = _launcher(deployment, here)
+    _size(task, here)
+    # `set_env_variable` inspects the whole call stack for each variable, which is most of the time of compiling.
+    task.container_spec.env = environment(here) | launch
+    _schedule(task, here)
+    _secure(task, here)
+    _mount(task, here)
     return task
+
+
+def _launcher(deployment: Deployment, job: Placement) -> Placement:
+    """The small pod that starts a job and follows it: it outlasts the job's wait and work."""
+    pool = deployment.pools[deployment.default_pool]
+    changes = {"pool": pool, "pool_name": deployment.default_pool, "image": deployment.images[pool.image]}
+    return job.model_copy(update={**changes, "timeout_s": job.timeout_s + job.queue_timeout_s})
+
+
+def _size(task: PipelineTask, here: Placement) -> None:
+    """Image, CPU, memory and accelerators; requests are limits."""
+    pool, memory = here.pool, mebibytes(here.pool.memory_bytes())
+    task.set_container_image(here.image).set_cpu_request(pool.cpu).set_cpu_limit(pool.cpu)
+    task.set_memory_request(memory).set_memory_limit(memory)
+    if pool.accelerator:
+        task.set_accelerator_type(pool.accelerator.resource).set_accelerator_limit(pool.accelerator.count)
+
+
+def _schedule(task: PipelineTask, here: Placement) -> None:
+    """Nodes, taints, time limit, labels."""
+    from kfp import kubernetes
+
+    for key, value in sorted(here.pool.node_labels.items()):
+        kubernetes.add_node_selector(task, key, value)
+    for taint in here.pool.tolerations:
+        known = {"key": taint.key, "operator": taint.operator, "value": taint.value, "effect": taint.effect}
+        kubernetes.add_toleration(task, **{name: value for name, value in known.items() if value})
+    kubernetes.set_timeout(task, seconds=here.timeout_s)
+    for key, value in labels(here).items():
+        kubernetes.add_pod_label(task, key, value)
+
+
+def _secure(task: PipelineTask, here: Placement) -> None:
+    """Identity, and secrets by name."""
+    from kfp import kubernetes
+
+    who = {"run_as_user": here.identity.user, "run_as_group": here.identity.group}
+    known = {name: value for name, value in who.items() if value is not None}
+    kubernetes.set_security_context(task, run_as_non_root=True, **known)
+    if here.pull_secrets:
+        kubernetes.set_image_pull_secrets(task, list(here.pull_secrets))
+    for secret, keys in secret_variables(here).items():
+        kubernetes.use_secret_as_env(task, secret, keys)
+
+
+def _mount(task: PipelineTask, here: Placement) -> None:
+    """Scratch disk, /dev/shm and the CA bundle."""
+    from kfp import kubernetes
+
+    pool, scratch = here.pool, here.pool.scratch
+    if scratch.claim:
+        kubernetes.mount_pvc(task, scratch.claim, SCRATCH)
+    elif scratch.storage_class:
+        kubernetes.add_ephemeral_volume(
+            task, "scratch", SCRATCH, ["ReadWriteOnce"], scratch.size, scratch.storage_class
+        )
+    else:
+        kubernetes.empty_dir_mount(task, "scratch", SCRATCH, size_limit=scratch.size)
+    if pool.shm:
+        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=pool.shm)
+    if here.network.ca_config_map:
+        kubernetes.use_config_map_as_volume(task, here.network.ca_config_map, CA_FOLDER)

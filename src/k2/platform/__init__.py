@@ -1,0 +1,1 @@
+"""Kubeflow: the deployment file, rendered pipelines, the API server, schedules."""

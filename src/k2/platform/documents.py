@@ -1,0 +1,68 @@
+"""Reading the YAML files that a platform team writes, with errors that name the field and the fix."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from pydantic import ValidationError
+
+from k2.config.base import Section
+from k2.config.load import read_document
+from k2.errors import UserError
+
+Document = TypeVar("Document", bound=Section)
+
+
+def read_section(path: Path, kind: type[Document]) -> Document:
+    """A YAML file as a section.
+
+    Raises:
+        UserError: unreadable, or naming every bad field with what is allowed.
+    """
+    try:
+        return kind.model_validate(read_document(path))
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(_explain(item, kind) for item in error.errors())) from None
+
+
+def _explain(item: Any, kind: type[Section]) -> str:
+    path = ".".join(str(part) for part in item["loc"] if part != "[key]")
+    if item["type"] == "extra_forbidden":
+        *parents, name = item["loc"]
+        sections = list(_sections_at(parents, kind))
+        fields = ", ".join(sections[0].model_fields) if sections else "in docs/pipelines.md"
+        return f"{path}: there is no field {name!r} here; the fields are {fields}"
+    if item["type"] == "missing":
+        return f"{path}: is missing; {_comment(item['loc'], kind)}"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "string_pattern_mismatch":
+        shown = re.sub(r"//[^/@]*@", "//…@", str(item["input"]))
+        message = f"{shown!r} does not fit; {_comment(item['loc'], kind)}"
+    return f"{path}: {message}" if path else message
+
+
+def _comment(location: tuple[str | int, ...], kind: type[Section]) -> str:
+    """What the innermost field on the way says about itself."""
+    for end in range(len(location), 0, -1):
+        name = str(location[end - 1])
+        for section in _sections_at(location[: end - 1], kind):
+            if name in section.model_fields:
+                return f"{name}: {section.model_fields[name].description}"
+    return "see docs/pipelines.md"
+
+
+def _sections_at(location: Any, kind: type[Section]) -> Iterator[type[Section]]:
+    """The section type behind a path; entries of mappings and lists stand for their element's type."""
+    inside: tuple[type[Section], ...] = (kind,)
+    for part in location:
+        fields = [section.model_fields[part].annotation for section in inside if part in section.model_fields]
+        inside = tuple(found for field in fields for found in _section_types(field)) if fields else inside
+    yield from inside
+
+
+def _section_types(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _section_types(inner)

@@ -1,0 +1,261 @@
+"""Compiled pipelines: what a cluster is asked to run."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from k2.cli import main
+from k2.config.deployment import Deployment, Placement
+from k2.config.quantity import amount
+from k2.errors import UserError
+from k2.execution.registry import STAGES
+from k2.platform.pods import LAUNCH_VARIABLE, environment, labels
+from k2.platform.render import MAX_BYTES, PIPELINES, Rendering, render, spec_digest
+
+ROOT = Path(__file__).parents[2]
+COMPILED = ROOT / "pipelines" / "compiled"
+COMPILE = ["pipeline", "compile", "--deployment", str(ROOT / "pipelines/deployments/gpu.yaml"), "--revision", "0" * 40]
+
+
+@pytest.fixture(scope="module", params=["cpu", "gpu"])
+def deployment(request: pytest.FixtureRequest) -> Deployment:
+    value: Deployment = request.getfixturevalue(request.param)
+    return value
+
+
+@pytest.fixture(scope="module", params=sorted(PIPELINES))
+def rendering(request: pytest.FixtureRequest, deployment: Deployment) -> Rendering:
+    return render(request.param, deployment)
+
+
+def tasks(node: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every task of every group, the exit task and the groups themselves included."""
+    if isinstance(node, dict):
+        yield from node.get("dag", {}).get("tasks", {}).items()
+        for value in node.values():
+            yield from tasks(value)
+
+
+def placed(rendering: Rendering) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Task name, container and platform settings of every container that runs."""
+    settings = rendering.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    for name, executor in rendering.spec["deploymentSpec"]["executors"].items():
+        yield name.removeprefix("exec-"), executor["container"], settings[name]
+
+
+def test_every_stage_is_a_task(rendering: Rendering) -> None:
+    found = {name for name, _ in tasks(rendering.spec)}
+    assert {*STAGES, "configure"} <= found
+    assert ("guard" in found) == (rendering.pipeline == "k2-retrain")
+
+
+def test_kfp_s_cache_is_off_on_every_task(rendering: Rendering) -> None:
+    found = list(tasks(rendering.spec))
+    assert "report" in dict(found)
+    assert "exit-handler-1" in dict(found)
+    for name, task in found:
+        assert not task.get("cachingOptions"), name
+
+
+def test_every_task_reads_well(rendering: Rendering) -> None:
+    names = [task["taskInfo"]["name"] for name, task in tasks(rendering.spec) if name != "exit-handler-1"]
+    assert all(name[0].isupper() and " " in name for name in names), names
+
+
+def test_parameters_are_few_typed_and_described(rendering: Rendering) -> None:
+    parameters = rendering.spec["root"]["inputDefinitions"]["parameters"]
+    assert len(parameters) <= 6
+    for name, parameter in parameters.items():
+        assert parameter["parameterType"] in ("STRING", "BOOLEAN", "NUMBER_DOUBLE", "NUMBER_INTEGER"), name
+        assert len(parameter["description"]) > 20, name
+        assert "defaultValue" in parameter, name
+
+
+def test_containers_are_what_the_deployment_says(rendering: Rendering, deployment: Deployment) -> None:
+    for name, container, settings in placed(rendering):
+        work = deployment.placement(name)
+        env = {each["name"]: each["value"] for each in container["env"]}
+        launched = work.pool.launch == "job"
+        pool = deployment.pools[deployment.default_pool] if launched else work.pool
+        assert container["image"] == deployment.images[pool.image], name
+        assert "@sha256:" in container["image"]
+        size = container["resources"]
+        assert size["resourceCpuRequest"] == size["resourceCpuLimit"] == pool.cpu
+        assert size["resourceMemoryRequest"] == size["resourceMemoryLimit"]
+        assert amount(size["resourceMemoryLimit"]) == pool.memory_bytes()
+        accelerator = size.get("accelerator", {})
+        wanted = pool.accelerator
+        assert accelerator.get("resourceType") == (wanted.resource if wanted else None), name
+        waits = work.queue_timeout_s if launched else 0
+        assert int(settings["activeDeadlineSeconds"]) == work.timeout_s + waits
+        assert (LAUNCH_VARIABLE in env) == launched
+        if launched:
+            assert Placement.model_validate_json(env[LAUNCH_VARIABLE]) == work
+        else:
+            assert env == environment(work)
+            assert settings["podMetadata"]["labels"] == labels(work)
+
+
+def test_every_container_is_as_restricted_as_kfp_allows(rendering: Rendering, deployment: Deployment) -> None:
+    for name, _, settings in placed(rendering):
+        context = settings["securityContext"]
+        assert context["runAsNonRoot"] is True, name
+        assert int(context["runAsUser"]) == deployment.identity.user
+        pulls = [secret["secretName"] for secret in settings.get("imagePullSecret", ())]
+        assert pulls == list(deployment.pull_secrets)
+
+
+def test_secrets_come_by_name_only(rendering: Rendering, deployment: Deployment) -> None:
+    for name, container, settings in placed(rendering):
+        named = {secret["secretName"] for secret in settings["secretAsEnv"]}
+        assert named - {"llm-endpoint"} == {"k2-s3"}
+        assert ("llm-endpoint" in named) == (bool(deployment.secrets) and name in ("rephrase", "synthesize"))
+        assert not {each["name"] for each in container["env"]} & {"K2_S3_SECRET_KEY", "K2_LLM_API_KEY"}
+
+
+def test_labels_say_who_pays(gpu: Deployment) -> None:
+    for name, _, settings in placed(render("k2", gpu)):
+        found = settings["podMetadata"]["labels"]
+        wanted = {"k2.dev/team": "ml-platform", "k2.dev/cost-center": "4711", "k2.dev/stage": name}
+        assert found.items() >= wanted.items()
+        assert found["sidecar.istio.io/inject"] == "false"
+
+
+def test_a_gpu_pod_gets_its_slice_its_shm_and_its_taint(gpu: Deployment) -> None:
+    container, settings = next((c, s) for name, c, s in placed(render("k2", gpu)) if name == "evaluate")
+    assert container["resources"]["accelerator"] == {
+        "count": "1",
+        "resourceCount": "1",
+        "resourceType": "nvidia.com/mig-1g.10gb",
+        "type": "nvidia.com/mig-1g.10gb",
+    }
+    assert {"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "8Gi", "volumeName": "shm"} in settings[
+        "emptyDirMounts"
+    ]
+    assert settings["tolerations"] == [{"effect": "NoSchedule", "key": "nvidia.com/gpu", "operator": "Exists"}]
+
+
+def test_scratch_of_each_kind_the_ca_and_the_proxy_arrive(gpu: Deployment) -> None:
+    scratch = gpu.pools["data"].scratch.model_copy(update={"storage_class": None, "claim": "disk"})
+    pools = dict(gpu.pools) | {"data": gpu.pools["data"].model_copy(update={"scratch": scratch})}
+    network = gpu.network.model_copy(update={"https_proxy": "http://proxy:3128"})
+    claimed = render("k2", gpu.model_copy(update={"pools": pools, "network": network}))
+    found = {name: (c, s) for name, c, s in placed(claimed)}
+    assert found["corpus"][1]["pvcMount"][0]["pvcNameParameter"]["runtimeValue"]["constant"] == "disk"
+    assert {v["mountPath"] for v in found["gate"][1]["emptyDirMounts"]} == {"/scratch"}
+    env = {each["name"]: each["value"] for each in found["gate"][0]["env"]}
+    assert env["HTTPS_PROXY"] == "http://proxy:3128"
+    assert "HTTP_PROXY" not in env
+    assert env["K2_S3_CA"] == env["SSL_CERT_FILE"] == "/etc/k2/ca/ca.crt"
+    volume = next(s for name, _, s in placed(render("k2", gpu)) if name == "corpus")["genericEphemeralVolume"]
+    assert volume[0]["storageClassName"] == "local-nvme"
+
+
+def test_identity_can_be_left_to_the_cluster(cpu: Deployment) -> None:
+    anyone = cpu.model_copy(update={"identity": cpu.identity.model_copy(update={"user": None, "group": None})})
+    for _, _, settings in placed(render("k2", anyone)):
+        assert settings["securityContext"] == {"runAsNonRoot": True}
+
+
+def test_workload_identity_needs_no_keys(cpu: Deployment) -> None:
+    store = cpu.store.model_copy(update={"workload_identity": True})
+    for _, _, settings in placed(render("k2", cpu.model_copy(update={"store": store}))):
+        keys = {key["secretKey"] for key in settings["secretAsEnv"][0]["keyToEnv"]}
+        assert keys == {"K2_S3_ENDPOINT", "K2_S3_BUCKET", "K2_S3_PREFIX"}
+
+
+def test_a_run_has_a_deadline_and_its_pods_stay_for_their_logs(rendering: Rendering) -> None:
+    config = json.dumps(rendering.platform)
+    assert '"activeDeadlineSeconds": 1209600' in config
+    assert "259200" in config
+
+
+def test_the_guard_knows_the_prices_and_comes_before_the_recipe(gpu: Deployment) -> None:
+    found = dict(tasks(render("k2-retrain", gpu).spec))
+    costs = found["guard"]["inputs"]["parameters"]["costs"]["runtimeValue"]["constant"]
+    assert json.loads(costs) == gpu.costs()
+    condition = found["condition-2"]
+    assert "guard" in condition["dependentTasks"]
+    assert found["guard"]["dependentTasks"] == ["configure"]
+    assert "== true" in condition["triggerPolicy"]["condition"]
+
+
+def test_no_package_is_installed_at_run_time(rendering: Rendering) -> None:
+    for _, container, _ in placed(rendering):
+        assert "pip install" not in " ".join(container["command"])
+
+
+def test_sizes(rendering: Rendering) -> None:
+    assert len(rendering.ir().encode()) <= MAX_BYTES
+    assert len(rendering.resources("kubeflow", "0" * 40).encode()) <= MAX_BYTES
+
+
+def test_the_version_is_named_by_all_of_both_specs(gpu: Deployment, cpu: Deployment) -> None:
+    rendered = render("k2", gpu)
+    assert rendered.version == f"k2-{spec_digest(rendered.spec, rendered.platform)[:12]}"
+    assert rendered.version == render("k2", gpu).version
+    other = gpu.model_copy(update={"pull_secrets": ("other",)})
+    assert len({rendered.version, render("k2", other).version, render("k2", cpu).version}) == 3
+    assert spec_digest({"a": 1}, {}) == spec_digest({"a": 1.0}, {}) != spec_digest({"a": 2}, {})
+
+
+def test_resources_are_kept_by_gitops_and_carry_the_commit(gpu: Deployment) -> None:
+    pipeline, version = yaml.safe_load_all(render("k2", gpu).resources("team-a", "abc"))
+    assert (pipeline["kind"], version["kind"]) == ("Pipeline", "PipelineVersion")
+    waves = [each["metadata"]["annotations"]["argocd.argoproj.io/sync-wave"] for each in (pipeline, version)]
+    assert waves == ["0", "1"]
+    for each in (pipeline, version):
+        assert each["metadata"]["annotations"]["argocd.argoproj.io/sync-options"] == "Prune=false,ServerSideApply=true"
+        assert each["metadata"]["namespace"] == "team-a"
+    assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"] == "k2"
+    assert version["spec"]["tags"]["k2.dev/revision"] == "abc"
+    assert (
+        version["metadata"]["name"]
+        == version["spec"]["displayName"]
+        == f"k2-{version['spec']['tags']['k2.dev/spec'][:12]}"
+    )
+
+
+def test_kfp_reads_what_was_written(rendering: Rendering, tmp_path: Path) -> None:
+    from kfp import components
+
+    (tmp_path / "k2.yaml").write_text(rendering.ir())
+    loaded = components.load_component_from_file(str(tmp_path / "k2.yaml"))
+    assert loaded.component_spec.name == rendering.pipeline
+
+
+def test_compiled_pipelines_are_up_to_date(tmp_path: Path) -> None:
+    """`make compile` writes them; another process with another hash seed writes the same bytes."""
+    subprocess.run(
+        [sys.executable, "-m", "k2.cli", *COMPILE, "--out", str(tmp_path)],
+        check=True,
+        capture_output=True,
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{ROOT}/src:{ROOT}", "PYTHONHASHSEED": "7"},
+    )
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted(path.name for path in COMPILED.iterdir())
+    for name in names:
+        assert (tmp_path / name).read_text() == (COMPILED / name).read_text(), f"{name}: run `make compile`"
+
+
+def test_compile_says_what_it_wrote(tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, [*COMPILE, "--out", str(tmp_path), "--pipeline", "k2", "--json"])
+    assert done.exit_code == 0, done.output
+    version = json.loads(done.output)["k2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["k2.resources.yaml", "k2.yaml"]
+    assert version in (tmp_path / "k2.resources.yaml").read_text()
+
+
+def test_an_unknown_pipeline_and_one_that_is_too_large_are_refused(gpu: Deployment) -> None:
+    with pytest.raises(UserError, match="pipeline 'k3': there is none; the pipelines are k2, k2-retrain"):
+        render("k3", gpu)
+    with pytest.raises(UserError, match="over 204800"):
+        Rendering("k2", "", {"x": "a" * MAX_BYTES}, {}).ir()
