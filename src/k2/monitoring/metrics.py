@@ -34,22 +34,38 @@ LOSS = _gauge("loss", "Training loss of the last step, in nats per token.")
 LEARNING_RATE = _gauge("learning_rate", "Learning rate of the last step.")
 TOKENS_PER_SECOND = _gauge("tokens_per_second", "Tokens trained on per second, over the last half minute.")
 ATTENTION_LOGIT = _gauge("attention_logit_max", "Largest logit that reached a softmax in the last step.", _LAYER)
+ATTENTION_LOGIT_ALLOWED = _gauge("attention_logit_allowed_max", "QK-Clip's tau: heads with larger logits are rescaled.")
+EXPERT_FLOOR = _gauge("expert_load_floor_ratio", "Idlest expert's load over the mean; 0 is a dead expert.", _LAYER)
 EXPERT_IMBALANCE = _gauge("expert_load_imbalance_ratio", "Busiest expert's load over the mean; 1 is balance.", _LAYER)
 REWARD = _gauge("reward", "Mean reward of the last RL step.")
 ACCURACY = _gauge("accuracy_ratio", "Share of verifiable answers that are right, as last measured, 0 to 1.")
+CRITIC_AGREEMENT = _gauge("critic_agreement_ratio", "Share of verifiable pairs that the critic orders as they are.")
+MFU = _gauge("mfu_ratio", "Model FLOP/s of the last steps over the accelerators' peak, 0 to 1.")
+PROGRESS_TIME = _gauge("progress_timestamp_seconds", "Unix time of the stage's last progress.")
+CHECKPOINT_TIME = _gauge("checkpoint_timestamp_seconds", "Unix time of the last published checkpoint.")
 TOKENS = _counter("tokens", "Tokens trained on.")
 QK_CLIP = _counter("qk_clip", "Times a head was rescaled by QK-Clip.")
+SKIPPED_UPDATES = _counter("skipped_updates", "Optimizer steps left out: gradient not finite, or a loss spike.")
 REPHRASE_ACCEPTED = _counter("rephrase_accepted", "Rewritten chunks that passed the fidelity checks.")
 REPHRASE_REJECTED = _counter("rephrase_rejected", "Rewritten chunks that failed a fidelity check.")
 TRAJECTORIES_ACCEPTED = _counter("trajectories_accepted", "Trajectories the judge accepted.")
 TRAJECTORIES_REJECTED = _counter("trajectories_rejected", "Trajectories the judge rejected.")
 CACHE_HITS = _counter("cache_hits", "Stages whose artifact existed already.")
 
-_VALUE_GAUGES = {"loss": LOSS, "lr": LEARNING_RATE, "reward": REWARD, "accuracy": ACCURACY}
+_VALUE_GAUGES = {
+    "loss": LOSS,
+    "lr": LEARNING_RATE,
+    "reward": REWARD,
+    "accuracy": ACCURACY,
+    "critic_agreement": CRITIC_AGREEMENT,
+    "mfu": MFU,
+    "tau": ATTENTION_LOGIT_ALLOWED,
+}
 _VALUE_LAYERS = {
     "max_logit": ATTENTION_LOGIT,
     "max_logits": ATTENTION_LOGIT,
     "expert_load": EXPERT_IMBALANCE,
+    "expert_floor": EXPERT_FLOOR,
 }
 _VALUE_COUNTERS = {
     ("rephrase", "accepted"): REPHRASE_ACCEPTED,
@@ -75,6 +91,7 @@ class StageMetrics:
     ) -> None:
         """Take in one progress update; `tokens` and `accepted` are totals so far, what is not accepted is rejected."""
         PROGRESS.labels(self._stage, self._run).set(done / total if total else 1.0)
+        PROGRESS_TIME.labels(self._stage, self._run).set_to_current_time()
         STAGE_DURATION.labels(self._stage, self._run).set(elapsed)
         if token_rate is not None:
             TOKENS_PER_SECOND.labels(self._stage, self._run).set(token_rate)
@@ -83,9 +100,13 @@ class StageMetrics:
             self._value(name, value)
 
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Take in one event: clipped heads, and the end of a stage that was cached."""
+        """Take in one event: clipped heads, a skipped update, a checkpoint, the end of a stage that was cached."""
         if kind == "qk_clip":
             QK_CLIP.labels(self._stage, self._run).inc(values["heads"])
+        elif kind == "skipped_update":
+            SKIPPED_UPDATES.labels(self._stage, self._run).inc()
+        elif kind == "checkpoint":
+            CHECKPOINT_TIME.labels(self._stage, self._run).set_to_current_time()
         elif kind == "stage_finished" and values.get("cached"):
             CACHE_HITS.labels(self._stage, self._run).inc()
 
