@@ -13,17 +13,17 @@ from k2.config.base import Section
 from k2.config.load import load_config, parse_document, validate
 from k2.config.report import ReportConfig
 from k2.errors import StageError, UserError
-from k2.execution.process import die_with_parent
 from k2.execution.runner import Outcome, execute
 from k2.monitoring.events import progress_for
 from k2.monitoring.run_record import write_stage_record
+from k2.processes import end_with_run
 from k2.store.artifacts import Artifact, Manifest
 from k2.store.client import Store
 
 
 def resolve_config(preset: str, overrides: str, run: str) -> str:
     """The validated configuration as one JSON string; ends the process with code 2 when it is not valid."""
-    die_with_parent()
+    end_with_run()
     try:
         config = load_config(preset, parse_document(overrides, "overrides") | {"run": run})
     except UserError as error:
@@ -56,7 +56,7 @@ def run_report(preset: str, run: str, state: str, page: Any, metrics: Any) -> No
 
 def recorded(stage: str, config: Section, manifests: Mapping[str, str], run: str) -> Outcome:
     """Execute a stage and keep its state in the run's record, whatever happens."""
-    die_with_parent()
+    end_with_run()
     store = Store.from_environment()
     progress = progress_for(stage)
     progress.event("stage_started")

@@ -1,23 +1,30 @@
 """The child of `k2 run`: kfp's local runner over the same DAG that a cluster runs."""
 
 import json
+import os
 import sys
 import warnings
 
-from k2.execution.process import die_with_parent
+from k2.processes import end_with_run
 
 
 def main(pipeline_root: str) -> None:
-    """Run the pipeline with the parameters given as JSON on stdin. Raises whatever kfp raises when a task fails."""
-    die_with_parent()
+    """Run the pipeline as the request on stdin says. Raises whatever kfp raises when a task fails.
+
+    The request is JSON: `parameters` of the pipeline, `environment` of the steps, and `python`, which starts a step.
+    It is read late: importing kfp takes as long as starting an object store.
+    """
+    end_with_run()
     warnings.filterwarnings("ignore", message=".*may not be", category=RuntimeWarning)
     from kfp import local
 
     from pipelines.k2 import k2
 
-    parameters = json.load(sys.stdin)
+    request = json.load(sys.stdin)
+    os.environ.update(request["environment"])
+    sys.executable = request["python"]
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=pipeline_root)
-    k2(**parameters)
+    k2(**request["parameters"])
 
 
 if __name__ == "__main__":

@@ -21,11 +21,12 @@ from typing import Any, TextIO
 from k2.config.k2 import K2Config
 from k2.config.report import ReportConfig
 from k2.execution.component import recorded
-from k2.execution.process import PARENT_VARIABLE
 from k2.execution.registry import STAGES
+from k2.execution.warm import warm_starts
 from k2.monitoring.events import EventLog
 from k2.monitoring.run_record import read_run, summary
 from k2.monitoring.terminal import watch
+from k2.processes import ROOT_VARIABLE
 from k2.store.client import Store
 from k2.store.embedded import embedded_server
 
@@ -81,35 +82,49 @@ def run_pipeline(config: K2Config, overrides: Mapping[str, Any], runs: Path, str
     os.environ["K2_EVENTS"] = str(folder / "events.jsonl")
     EventLog(folder / "events.jsonl").append("run", "run_started", run=run, preset=config.preset)
     started = time.monotonic()
-    with object_store() as store:
-        parameters = {"preset": config.preset, "overrides": json.dumps(overrides), "run": run}
-        status = _run_child(parameters, folder, stream)
+    with _kfp_child(folder) as (child, python), object_store() as store:
+        request = {
+            "parameters": {"preset": config.preset, "overrides": json.dumps(overrides), "run": run},
+            "environment": {name: value for name, value in os.environ.items() if name.startswith("K2_S3_")},
+            "python": python,
+        }
+        status = _run_child(child, request, folder, stream)
         if store.stat(f"runs/{run}/report.html") is None or status == "interrupted":
             recorded("report", ReportConfig(run=run, preset=config.preset, status=status), {}, run)
         return _finish(store, config.preset, run, status, time.monotonic() - started, folder)
 
 
-def _run_child(parameters: Mapping[str, str], folder: Path, stream: TextIO) -> str:
-    """Run kfp in a child and watch it; returns done, failed or interrupted."""
-    with (folder / "kfp.log").open("wb") as log:
+@contextmanager
+def _kfp_child(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A child that imports kfp and waits for a request, and the program that starts its steps; stopped at the end."""
+    environment = _child_environment(folder)
+    with (folder / "kfp.log").open("wb") as log, warm_starts(environment, log) as python:
         child = subprocess.Popen(
-            [sys.executable, "-m", "k2.execution.kfp_local", str(k2_home() / "kfp" / parameters["run"])],
+            [sys.executable, "-m", "k2.execution.kfp_local", str(k2_home() / "kfp" / folder.name)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=_child_environment(folder),
+            env=environment,
             start_new_session=True,
         )
-        assert child.stdin is not None
-        child.stdin.write(json.dumps(parameters).encode())
-        child.stdin.close()
         try:
-            with _interrupt_on_sigterm():
-                watch(folder / "events.jsonl", list(STAGES), lambda: child.poll() is not None, stream)
-        except KeyboardInterrupt:
+            yield child, python
+        finally:
             _stop(child)
-            return "interrupted"
-        return "done" if child.wait() == 0 else "failed"
+
+
+def _run_child(child: subprocess.Popen[bytes], request: Mapping[str, Any], folder: Path, stream: TextIO) -> str:
+    """Have kfp run the pipeline and watch it; returns done, failed or interrupted."""
+    assert child.stdin is not None
+    try:
+        with _interrupt_on_sigterm():
+            child.stdin.write(json.dumps(request).encode())
+            child.stdin.close()
+            watch(folder / "events.jsonl", list(STAGES), lambda: child.poll() is not None, stream)
+    except KeyboardInterrupt:
+        _stop(child)
+        return "interrupted"
+    return "done" if child.wait() == 0 else "failed"
 
 
 def _child_environment(folder: Path) -> dict[str, str]:
@@ -118,7 +133,7 @@ def _child_environment(folder: Path) -> dict[str, str]:
     return os.environ | {
         "K2_RUN": folder.name,
         "K2_HOME": str(k2_home()),
-        PARENT_VARIABLE: "1",
+        ROOT_VARIABLE: str(os.getpid()),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -141,6 +156,8 @@ def _interrupt_on_sigterm() -> Iterator[None]:
 
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is not None:
+        return
     os.killpg(child.pid, signal.SIGTERM)
     try:
         child.wait(STOP_S)

@@ -5,7 +5,6 @@ is killed leaves nothing behind, a second run joins the live server, and Ctrl-C 
 State is in `<home>/server/`: generated credentials, ports and lists of users, readable by the owner only.
 """
 
-import ctypes
 import fcntl
 import json
 import os
@@ -26,6 +25,7 @@ from minio import Minio
 from minio.error import MinioException
 
 from k2.errors import StageError, UserError
+from k2.processes import end_with_parent, exists
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
@@ -144,21 +144,11 @@ def _locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 def _live_users(folder: Path) -> bool:
     alive = False
     for user in (folder / "users").iterdir():
-        if Path(f"/proc/{user.name}").exists() or _signal_reaches(int(user.name)):
+        if Path(f"/proc/{user.name}").exists() or exists(int(user.name)):
             alive = True
         else:
             user.unlink(missing_ok=True)
     return alive
-
-
-def _signal_reaches(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def free_ports(count: int) -> list[int]:
@@ -234,7 +224,7 @@ def supervise(folder: Path) -> None:
         server = Server(f"http://127.0.0.1:{ports['s3.port']}", access, secret, os.getpid())
         environment = os.environ | {"GOMEMLIMIT": "300MiB"}
         process = subprocess.Popen(
-            _command(folder, ports), stdin=subprocess.DEVNULL, env=environment, preexec_fn=_end_with_supervisor
+            _command(folder, ports), stdin=subprocess.DEVNULL, env=environment, preexec_fn=end_with_parent
         )
         try:
             _wait_ready(process, server)
@@ -243,12 +233,6 @@ def supervise(folder: Path) -> None:
         finally:
             (folder / "server.json").unlink(missing_ok=True)
             _stop(process)
-
-
-def _end_with_supervisor() -> None:
-    """On Linux the server is killed when its supervisor is; elsewhere a killed supervisor leaves it running."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def _watch(folder: Path, process: subprocess.Popen[bytes]) -> None:
