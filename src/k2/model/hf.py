@@ -89,11 +89,12 @@ def from_hf_config(values: Mapping[str, Any]) -> ModelConfig:
     fields = {**_OPTIONAL, **{name: values[name] for name in _SAME_NAME if name in values}}
     fields["rope_theta"] = rope.get("rope_theta", values.get("rope_theta", 10000.0))
     fields["routed_scaling_factor"] = values.get("routed_scaling_factor")
+    fields["rope_scaling"] = _rope_scaling(values.get("rope_scaling") or rope, values)
     missing = sorted(set(_SAME_NAME) - set(fields))
     if missing:
         raise UserError(f"config.json: {missing[0]} is missing")
     try:
-        return ModelConfig(**fields, rope_scaling=_rope_scaling(values.get("rope_scaling") or rope, values))
+        return ModelConfig(**fields)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
@@ -109,7 +110,7 @@ def _check_architecture(values: Mapping[str, Any]) -> None:
             raise UserError(f"config.json: {name} is {values[name]!r}, allowed is {expected!r}")
 
 
-def _rope_scaling(scaling: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling | None:
+def _rope_scaling(scaling: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any] | None:
     """YaRN with the defaults of DeepSeek's reader, where 0 stands for a magnitude that is not given."""
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
@@ -125,7 +126,7 @@ def _rope_scaling(scaling: Mapping[str, Any], values: Mapping[str, Any]) -> Rope
         "original_max_position_embeddings": values.get("max_position_embeddings"),
     }
     known = {name: scaling[name] for name in RopeScaling.model_fields if scaling.get(name) is not None}
-    return RopeScaling(**(defaults | known))
+    return defaults | known
 
 
 def save(
