@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2.errors import UserError
-from k2.model.cache import LatentCache
-from k2.model.decode import Decoder, prefill, resident
+from k2.model.decode import Decoder, Prepared, resident
 from k2.model.generate import Engine, Sample
 from k2.model.sampling import RowSampling, SamplingConfig, choose, stream_key, uniforms
 from k2.model.transformer import Transformer
@@ -17,20 +16,20 @@ from tests.model.reference import SHAPES, TINY, build, build_reference
 PROMPTS = [[5, 6, 7, 8, 9], [11], [3, 1, 4, 1, 5, 9, 2, 6], [50, 60]]
 
 
+@torch.inference_mode()
 @pytest.mark.parametrize("shape", sorted(SHAPES))
 def test_decoding_from_the_cache_equals_the_full_forward_pass(shape: str) -> None:
     model = build(SHAPES[shape])
     tokens = torch.randint(90, (3, 12), generator=torch.Generator().manual_seed(1))
     lengths = torch.tensor([5, 2, 7])
     full, _ = model(tokens)
-    cache = LatentCache(model.config, 3, 12, torch.float64, torch.device("cpu"))
-    hidden = prefill(model, cache, tokens[:, :7], lengths, torch.arange(3))
+    decoder = Decoder(Prepared(model), 3, 12)
     rows = torch.arange(3)
-    torch.testing.assert_close(hidden, full[rows, lengths - 1], rtol=1e-10, atol=1e-12)
-    decoder = Decoder(model, 12)
-    for _ in range(5):
-        hidden = decoder.step(cache, tokens[rows, lengths], lengths, int(lengths.max()) + 1)
-        torch.testing.assert_close(hidden, full[rows, lengths], rtol=1e-10, atol=1e-12)
+    decoder.prefill(tokens[:, :6], rows)
+    lengths = lengths - 1
+    for _ in range(6):
+        logits = decoder.step(tokens[rows, lengths], lengths, int(lengths.max()) + 1)
+        torch.testing.assert_close(logits, model.logits(full[rows, lengths]), rtol=1e-10, atol=1e-12)
         lengths = lengths + 1
 
 
@@ -58,7 +57,7 @@ def sampled(model: Transformer, prompts: list[list[int]], n: int, budget: int, *
 def test_samples_do_not_depend_on_the_batch(values: dict[str, float]) -> None:
     model = build(TINY)
     together = sampled(model, PROMPTS, 6, 10**6, **values)
-    squeezed = sampled(model, PROMPTS, 6, 1, **values)
+    squeezed = sampled(model, PROMPTS, 6, 75, **values)
     reordered = sampled(model, PROMPTS[::-1], 6, 10**6, **values)[::-1]
     alone = [sampled(model, [prompt], 6, 10**6, **values)[0] for prompt in PROMPTS]
     tokens = [[s.token_ids for group in run for s in group] for run in (together, squeezed, reordered, alone)]
@@ -142,7 +141,7 @@ def test_refresh_takes_over_new_weights_and_transformed_experts() -> None:
     [
         ([], SamplingConfig(1), "is empty"),
         ([97], SamplingConfig(1), r"outside \[0, 97\)"),
-        ([1] * 250, SamplingConfig(7), "at most 256"),
+        ([1] * 250, SamplingConfig(7), r"at most 256 \(max_position_embeddings\)"),
     ],
 )
 def test_a_prompt_that_cannot_run_is_named(prompt: list[int], config: SamplingConfig, message: str) -> None:

@@ -1,6 +1,6 @@
 """The latent cache: what decoding needs of past tokens, K + R values per token and layer.
 
-Letters in shapes: N layers, S cache rows, L slots of a row, K latent rank, R rotary, B batch.
+Letters in shapes: N layers, S cache rows, L slots of a row, K latent rank, R rotary, C = K + R, B batch.
 """
 
 import torch
@@ -16,20 +16,22 @@ class LatentCache:
     def __init__(self, config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_hidden_layers, rows, length, cache_values_per_token(config))
         self.values_NSLC = torch.zeros(shape, dtype=dtype, device=device)
+        self._layers = [(values_SLC, values_SLC.flatten(0, 1)) for values_SLC in self.values_NSLC]
+        self._starts_S = torch.arange(rows, device=device) * length
 
     def fill(self, layer: int, rows: Tensor, latents_BLC: Tensor) -> None:
         """Store whole prompts: `latents_BLC[b]` becomes the first slots of row `rows[b]`."""
-        self.values_NSLC[layer, rows, : latents_BLC.shape[1]] = latents_BLC
+        self._layers[layer][0][rows, : latents_BLC.shape[1]] = latents_BLC
 
-    def append(self, layer: int, slots_B: Tensor, latents_BC: Tensor) -> None:
-        """Store one token in slot `slots_B[b]` of row b."""
-        rows = self.values_NSLC[layer, : len(slots_B)]
-        index = slots_B[:, None, None].expand(-1, 1, rows.shape[-1])
-        rows.scatter_(1, index, latents_BC[:, None])
+    def places(self, slots_B: Tensor) -> Tensor:
+        """Where `append` writes: slot `slots_B[b]` of row b."""
+        return self._starts_S[: len(slots_B)] + slots_B
 
-    def read(self, layer: int, rows: int, length: int) -> Tensor:
-        """View [rows, length, K + R] of the first rows and slots."""
-        return self.values_NSLC[layer, :rows, :length]
+    def append(self, layer: int, places_B: Tensor, latents_BC: Tensor) -> Tensor:
+        """Store one token per row; the layer's first rows [B, L, C], this token included."""
+        values_SLC, flat = self._layers[layer]
+        flat.index_copy_(0, places_B, latents_BC)
+        return values_SLC[: len(places_B)]
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
         """Copy the first `length` slots of rows `source` to rows `target`, in all layers."""

@@ -1,7 +1,7 @@
 """Batched generation: RL rollouts, evaluation, chat and the server share this engine.
 
-A prompt is run once for all its samples. Rows of the batch are reused as soon as a sample ends, so that short
-and long samples keep the batch full. Every sample draws from a random stream of its own.
+A prompt is run once for all its samples. A row of the batch is given to the next sample as soon as its own ends,
+so that short and long samples keep the batch full. Every sample draws from a random stream of its own.
 """
 
 from collections import deque
@@ -10,17 +10,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from k2.errors import UserError
-from k2.model.cache import LatentCache
-from k2.model.decode import Decoder, prefill, resident
-from k2.model.layers import upcast
+from k2.model.decode import Decoder, Prepared, resident
 from k2.model.sampling import RowSampling, SamplingConfig, choose, stream_key, uniforms
 from k2.model.transformer import Transformer
 
 OnToken = Callable[[int, int, int], None]  # prompt number, sample number, token
-PREFILL_TOKENS = 8192  # prompt tokens run at once
+PREFILL_TOKENS = 8192  # prompt tokens run at once, padding included
 
 
 @dataclass
@@ -41,7 +38,10 @@ class Sample:
 
 @dataclass
 class _Row:
-    """A sample on its way; it occupies one row of the cache from its first token to its last."""
+    """A sample on its way; it occupies one row of the cache from its first token to its last.
+
+    The first step of a sample runs the last token of its prompt; the cache holds the tokens before that one.
+    """
 
     prompt: int
     number: int
@@ -49,6 +49,8 @@ class _Row:
     stops: frozenset[int]
     key: int
     sample: Sample
+    token: int
+    slot: int
 
     def add(self, token: int, logprob: float, policy_logprob: float) -> bool:
         """Append a token; whether the sample is finished."""
@@ -56,6 +58,7 @@ class _Row:
         sample.token_ids.append(token)
         sample.logprobs.append(logprob)
         sample.policy_logprobs.append(policy_logprob)
+        self.token, self.slot = token, self.slot + 1
         if token in self.stops or self._ends_with_a_sequence():
             sample.finish_reason = "stop"
             return True
@@ -80,6 +83,7 @@ class Engine:
         """Take over the model's present weights."""
         with torch.inference_mode():
             self.model = resident(self.source)
+            self.prepared = Prepared(self.model)
 
     @torch.inference_mode()
     def generate(
@@ -102,16 +106,18 @@ class Engine:
         return results
 
     def _check(self, prompts: Sequence[Sequence[int]], configs: Sequence[SamplingConfig]) -> None:
-        longest, vocabulary = self.model.config.max_position_embeddings, self.model.config.vocab_size
-        for number, (prompt, config) in enumerate(zip(prompts, configs, strict=True)):
+        config = self.model.config
+        limits = {"max_position_embeddings": config.max_position_embeddings, "max_batch_tokens": self.max_batch_tokens}
+        name = min(limits, key=lambda limit: limits[limit])
+        for number, (prompt, sampling) in enumerate(zip(prompts, configs, strict=True)):
             if not prompt:
                 raise UserError(f"prompt {number} is empty, at least one token is needed")
-            if not 0 <= min(prompt) <= max(prompt) < vocabulary:
-                raise UserError(f"prompt {number} holds a token outside [0, {vocabulary})")
-            if len(prompt) + config.max_tokens > longest:
+            if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+                raise UserError(f"prompt {number} holds a token outside [0, {config.vocab_size})")
+            if len(prompt) + sampling.max_tokens > limits[name]:
                 raise UserError(
-                    f"prompt {number} has {len(prompt)} tokens and max_tokens is {config.max_tokens};"
-                    f" together at most {longest} (max_position_embeddings) fit"
+                    f"prompt {number} has {len(prompt)} tokens and max_tokens is {sampling.max_tokens};"
+                    f" together at most {limits[name]} ({name}) fit"
                 )
 
 
@@ -126,97 +132,101 @@ class _Run:
         results: list[list[Sample]],
         on_token: OnToken | None,
     ) -> None:
-        self.model, self.prompts, self.on_token = engine.model, prompts, on_token
-        self.device = next(engine.model.parameters()).device
+        self.prompts, self.on_token, self.device = prompts, on_token, engine.prepared.device
         length = max(len(p) + c.max_tokens for p, c in zip(prompts, configs, strict=True))
-        total = sum(map(len, results))
-        self.capacity = max(len(results[0]), min(total, engine.max_batch_tokens // length))
-        self.cache = LatentCache(engine.model.config, self.capacity, length, engine.model.compute_dtype, self.device)
-        self.decoder = Decoder(engine.model, length)
         self.waiting = deque(
-            [
-                _Row(p, s, configs[p], engine.eos_ids | set(configs[p].stop_ids), key, sample)
-                for s, sample in enumerate(samples)
-                for key in [stream_key(configs[p].seed, prompts[p], s)]
-            ]
-            for p, samples in enumerate(results)
+            _Row(number, s, config, engine.eos_ids | set(config.stop_ids), key, sample, prompt[-1], len(prompt) - 1)
+            for number, (prompt, config, samples) in enumerate(zip(prompts, configs, results, strict=True))
+            for s, sample in enumerate(samples)
+            for key in [stream_key(config.seed, prompt, s)]
         )
+        self.capacity = min(len(self.waiting), engine.max_batch_tokens // length)
+        self.decoder = Decoder(engine.prepared, self.capacity, length)
         self.rows: list[_Row] = []
-        self.tokens_B = torch.zeros(0, dtype=torch.int64, device=self.device)
-        self.slots_B = torch.zeros(0, dtype=torch.int64, device=self.device)
-        self.parameters = RowSampling.of([], self.device)
 
     def finish(self) -> None:
         """Generate until every sample has ended."""
+        done: list[int] = []
         while self.rows or self.waiting:
-            if self.waiting and len(self.waiting[0]) <= self.capacity - len(self.rows):
-                self._admit()
-            else:
-                self._step()
+            if done or not self.rows:
+                self._replace(done)
+            done = self._step() if self.rows else []
 
-    def _admit(self) -> None:
-        """Run as many waiting prompts as fit, and draw the first token of their samples."""
-        groups: list[list[_Row]] = []
-        room, tokens = self.capacity - len(self.rows), 0
-        while self.waiting and len(self.waiting[0]) <= room and (not groups or tokens < PREFILL_TOKENS):
-            groups.append(self.waiting.popleft())
-            room -= len(groups[-1])
-            tokens += len(self.prompts[groups[-1][0].prompt])
-        prompts = [self.prompts[group[0].prompt] for group in groups]
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        longest = int(lengths.max())
-        padded = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=self.device)
-        sizes = torch.tensor([len(group) for group in groups], device=self.device)
-        first = len(self.rows) + sizes.cumsum(0) - sizes  # the first row of each group gets the prompt
-        hidden = prefill(self.model, self.cache, padded, lengths, first)
-        members = torch.arange(len(self.rows), len(self.rows) + int(sizes.sum()), device=self.device)
-        owners = first.repeat_interleave(sizes)
-        copies = members != owners
-        self.cache.move(owners[copies], members[copies], longest)
-        added = [row for group in groups for row in group]
-        self.rows += added
-        self.slots_B = torch.cat([self.slots_B, lengths.repeat_interleave(sizes) - 1])
-        self.tokens_B = torch.cat([self.tokens_B, torch.zeros_like(members)])
-        self._draw(hidden.repeat_interleave(sizes, dim=0), len(self.rows) - len(added))
-
-    def _step(self) -> None:
-        longest = int(self.slots_B.max()) + 1
-        self._draw(self.decoder.step(self.cache, self.tokens_B, self.slots_B, longest), 0)
-
-    def _draw(self, hidden: Tensor, start: int) -> None:
-        """Choose the next token of rows `start` and later from their hidden states, then drop finished rows."""
-        rows = self.rows[start:]
-        if start or len(rows) != len(self.parameters.greedy):
-            self.parameters = RowSampling.of([row.config for row in rows], self.device)
+    def _step(self) -> list[int]:
+        """One more token for every row; the rows whose samples ended."""
+        rows = self.rows
+        tokens_B, slots_B = torch.tensor([[row.token for row in rows], [row.slot for row in rows]], device=self.device)
+        logits_BV = self.decoder.step(tokens_B, slots_B, max(row.slot for row in rows) + 1)
         keys = np.array([row.key for row in rows], dtype=np.uint64)
         steps = np.array([len(row.sample.token_ids) for row in rows], dtype=np.uint64)
-        uniform = torch.from_numpy(uniforms(keys, steps)).to(self.device)
-        tokens, logprobs, policy = choose(upcast(self.model.logits(hidden)), self.parameters, uniform)
-        self.tokens_B[start:] = tokens
-        self.slots_B[start:] += 1
-        values = zip(rows, tokens.tolist(), logprobs.tolist(), policy.tolist(), strict=True)
-        done = [start + i for i, (row, *value) in enumerate(values) if self._record(row, *value)]
-        if start or done:
-            self._drop(done)
+        uniform_B = torch.from_numpy(uniforms(keys, steps)).to(self.device)
+        drawn = [values.tolist() for values in choose(logits_BV, self.parameters, uniform_B)]
+        return [i for i, (row, *values) in enumerate(zip(rows, *drawn, strict=True)) if self._record(row, *values)]
 
     def _record(self, row: _Row, token: int, logprob: float, policy_logprob: float) -> bool:
         if self.on_token is not None:
             self.on_token(row.prompt, row.number, token)
         return row.add(token, logprob, policy_logprob)
 
+    def _replace(self, done: list[int]) -> None:
+        """Give the rows of finished samples, and rows never used, to waiting samples; close the gaps that remain."""
+        free = [*done, *range(len(self.rows), self.capacity)]
+        places = free[: len(self.waiting)]
+        newcomers = [self.waiting.popleft() for _ in places]
+        self._supply(newcomers, places)
+        for row, place in zip(newcomers, places, strict=True):
+            self.rows[place : place + 1] = [row]
+        self._drop(done[len(places) :])
+        self.parameters = RowSampling.of([row.config for row in self.rows], self.device)
+
+    def _supply(self, newcomers: list[_Row], places: list[int]) -> None:
+        """Bring the newcomers' prompts into their rows: from a row that holds the same prompt, else by running it."""
+        holders = {row.prompt: place for place, row in enumerate(self.rows)}
+        owners = {row.prompt: place for row, place in zip(newcomers, places, strict=True) if row.prompt not in holders}
+        known = [
+            (holders[row.prompt], place, row)
+            for row, place in zip(newcomers, places, strict=True)
+            if row.prompt in holders
+        ]
+        self._copy(known)
+        self._prefill(owners)
+        self._copy(
+            [
+                (owners[row.prompt], place, row)
+                for row, place in zip(newcomers, places, strict=True)
+                if row.prompt in owners
+            ]
+        )
+
+    def _copy(self, moves: list[tuple[int, int, _Row]]) -> None:
+        """Copy prompts between rows (source, target, newcomer), all at once."""
+        moves = [move for move in moves if move[0] != move[1]]
+        if moves:
+            source, target = (torch.tensor([move[i] for move in moves], device=self.device) for i in (0, 1))
+            self.decoder.cache.move(source, target, max(row.slot for _, _, row in moves))
+
+    def _prefill(self, owners: dict[int, int]) -> None:
+        """Run prompts without their last tokens: number of the prompt -> row of the cache."""
+        lengths = {number: len(self.prompts[number]) - 1 for number in owners}
+        pending = deque(number for number in owners if lengths[number])
+        while pending:
+            part, longest = [], 0
+            while pending and (not part or max(longest, lengths[pending[0]]) * (len(part) + 1) <= PREFILL_TOKENS):
+                longest = max(longest, lengths[pending[0]])
+                part.append(pending.popleft())
+            padded = [[*self.prompts[p][:-1], *[0] * (longest - lengths[p])] for p in part]
+            rows = torch.tensor([owners[p] for p in part], device=self.device)
+            self.decoder.prefill(torch.tensor(padded, device=self.device), rows)
+
     def _drop(self, done: list[int]) -> None:
         """Fill the rows of finished samples with the last rows, so that active rows stay without gaps."""
-        finished = set(done)
         count = len(self.rows) - len(done)
+        finished = set(done)
         holes = [i for i in done if i < count]
         movers = [i for i in range(count, len(self.rows)) if i not in finished]
         if holes:
             source, target = (torch.tensor(x, device=self.device) for x in (movers, holes))
-            self.cache.move(source, target, int(self.slots_B[source].max()))
-            for values in (self.tokens_B, self.slots_B):
-                values[target] = values[source]
+            self.decoder.cache.move(source, target, max(self.rows[mover].slot for mover in movers))
             for mover, hole in zip(movers, holes, strict=True):
                 self.rows[hole] = self.rows[mover]
         del self.rows[count:]
-        self.tokens_B, self.slots_B = self.tokens_B[:count].clone(), self.slots_B[:count].clone()
-        self.parameters = RowSampling.of([row.config for row in self.rows], self.device)

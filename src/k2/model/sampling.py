@@ -102,20 +102,25 @@ def choose(logits_BV: Tensor, rows: RowSampling, uniform_B: Tensor) -> tuple[Ten
 
     A greedy row's choice is certain, so its first log-probability is 0. `logits_BV` is at least float32.
     """
-    policy_B1 = logits_BV.logsumexp(-1, keepdim=True)
-    best_B1 = logits_BV.argmax(-1, keepdim=True) if rows.any_greedy else None
-    if rows.all_greedy and best_B1 is not None:
-        return best_B1[:, 0], torch.zeros_like(policy_B1[:, 0]), (logits_BV.gather(1, best_B1) - policy_B1)[:, 0]
+    if rows.all_greedy:
+        best_B1 = logits_BV.argmax(-1, keepdim=True)
+        return best_B1[:, 0], torch.zeros_like(logits_BV[:, 0]), _log_softmax_at(logits_BV, best_B1)
     scaled_BV = logits_BV / rows.temperature if rows.tempered else logits_BV
     if rows.restricted:
         scaled_BV = _restrict(scaled_BV, rows)
-    total_B1 = scaled_BV.logsumexp(-1, keepdim=True)
-    cdf_BV = (scaled_BV - total_B1).exp_().cumsum(-1, dtype=torch.float64)
+    probability_BV = scaled_BV.softmax(-1)
+    cdf_BV = probability_BV.cumsum(-1, dtype=torch.float64)
     token_B1 = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
-    if best_B1 is not None:
-        token_B1 = torch.where(rows.greedy, best_B1, token_B1)
-    sampled_B1 = (scaled_BV.gather(1, token_B1) - total_B1).masked_fill(rows.greedy, 0.0)
-    return token_B1[:, 0], sampled_B1[:, 0], (logits_BV.gather(1, token_B1) - policy_B1)[:, 0]
+    if rows.any_greedy:
+        token_B1 = torch.where(rows.greedy, logits_BV.argmax(-1, keepdim=True), token_B1)
+    sampled_B = probability_BV.gather(1, token_B1)[:, 0].log()
+    if not (rows.any_greedy or rows.tempered or rows.restricted):
+        return token_B1[:, 0], sampled_B, sampled_B
+    return token_B1[:, 0], sampled_B.masked_fill(rows.greedy[:, 0], 0.0), _log_softmax_at(logits_BV, token_B1)
+
+
+def _log_softmax_at(logits_BV: Tensor, token_B1: Tensor) -> Tensor:
+    return (logits_BV.gather(1, token_B1) - logits_BV.logsumexp(-1, keepdim=True))[:, 0]
 
 
 def _restrict(scaled_BV: Tensor, rows: RowSampling) -> Tensor:

@@ -1,0 +1,108 @@
+"""Generated tokens per second against transformers' generate with its cache, both sides interleaved in one run.
+
+64 new tokens after 32, sampled at temperature 1, at the reference shape; prefill included. Both sides run in float32
+and in bfloat16, and the faster of each counts; one thread each, because a second one does not pay for either side.
+Prints one JSON row per claim. Time is this process's CPU time, so that a busy machine spreads the ratios less.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+from k2.config.model import ModelConfig
+from k2.model.generate import Engine
+from k2.model.hf import to_hf_config
+from k2.model.layout import cache_values_per_token
+from k2.model.sampling import SamplingConfig
+from k2.model.transformer import Transformer
+
+SHAPES = Path(__file__).with_name("shapes.yaml")
+PROMPT, NEW = 32, 64
+TARGETS = {1: 3.0, 8: 4.0, 64: 5.0}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Step = Callable[[], object]
+
+
+def own_step(config: ModelConfig, dtype: torch.dtype, prompts: list[list[int]]) -> Step:
+    """Our engine on all prompts at once."""
+    engine = Engine(Transformer(config, compute_dtype=dtype).initialize(0))
+    return lambda: engine.generate(prompts, 1, SamplingConfig(NEW))
+
+
+def peer_step(config: ModelConfig, dtype: torch.dtype, prompts: list[list[int]]) -> Step:
+    """transformers' generate with its cache and its default kernels, weights in `dtype`."""
+    model: Any = DeepseekV3ForCausalLM(DeepseekV3Config(**to_hf_config(config))).to(dtype).eval()
+    tokens = torch.tensor(prompts)
+    options = {"attention_mask": torch.ones_like(tokens), "do_sample": True, "max_new_tokens": NEW, "pad_token_id": 0}
+    return lambda: model.generate(tokens, eos_token_id=None, **options)
+
+
+def cpu_seconds(step: Step) -> float:
+    """Processor time of one call."""
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def speed(config: ModelConfig, batch: int, rounds: int) -> dict[str, Any]:
+    """Run all sides `rounds` times in turn after one warm-up; ratios are peer time over our time."""
+    prompts = torch.randint(config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+    own = {name: own_step(config, dtype, prompts) for name, dtype in DTYPES.items()}
+    peer = {f"transformers {name}": peer_step(config, dtype, prompts) for name, dtype in DTYPES.items()}
+    times: dict[str, list[float]] = {name: [] for name in own | peer}
+    for number in range(rounds + 1):
+        for name, step in (own | peer).items():
+            seconds = cpu_seconds(step)
+            times[name] += [seconds] if number else []  # the first round warms up
+    ours, theirs = (min(side, key=lambda name: median(times[name])) for side in (own, peer))
+    ratios = sorted(t / o for t, o in zip(times[theirs], times[ours], strict=True))
+    return {
+        "claim": f"generated tokens/s, batch {batch}, ours in {ours}",
+        "peer": theirs,
+        "ratio": round(median(ratios), 3),
+        "low": round(ratios[0], 3),
+        "high": round(ratios[-1], 3),
+        "target": TARGETS[batch],
+        "better": "higher",
+        "tokens_per_cpu_second": round(batch * NEW / median(times[ours])),
+    }
+
+
+def cache_bytes() -> dict[str, Any]:
+    """Cached values per token and layer at K2's dimensions, against keys and values of all heads."""
+    config = ModelConfig()
+    full = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    ratio = round(full / cache_values_per_token(config), 2)
+    claim = f"cache per token and layer, {cache_values_per_token(config)} of {full} values"
+    sides = {"claim": claim, "peer": "keys and values of all heads", "ratio": ratio, "low": ratio, "high": ratio}
+    return sides | {"target": 35.5, "better": "higher"}
+
+
+def rows(rounds: int) -> Iterator[dict[str, Any]]:
+    """Every claim about generation."""
+    config = ModelConfig(**yaml.safe_load(SHAPES.read_text())["reference"]["model"])
+    for batch in TARGETS:
+        yield speed(config, batch, rounds)
+    yield cache_bytes()
+
+
+def main() -> None:
+    """Print one JSON row per claim."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="measurements per side")
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    for result in rows(rounds):
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
