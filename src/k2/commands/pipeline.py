@@ -1,15 +1,18 @@
 """`k2 pipeline`: the DAGs for Kubeflow Pipelines."""
 
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from k2.commands.options import echo, json_output
+from k2.commands.options import echo, json_output, pairs
 
 if TYPE_CHECKING:
     from k2.config.deployment import Deployment
+    from k2.platform.api import PipelinesApi
     from k2.platform.render import Rendering
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -23,8 +26,6 @@ deployment_option = click.option(
     show_envvar=True,
     help="YAML that says where pipelines run.",
 )
-RESERVED_REVISION = "0" * 40
-"""Stands for the commit in renderings that are committed themselves."""
 
 
 @click.group()
@@ -60,12 +61,124 @@ def compile_(deployment_file: Path, out: Path, names: tuple[str, ...], revision:
     echo(versions, as_json, "\n".join(f"{out / name}.yaml  {version}" for name, version in versions.items()))
 
 
-def _render(file: Path, names: tuple[str, ...]) -> "tuple[Deployment, list[Rendering]]":
+@pipeline.command()
+@deployment_option
+@_names
+@_revision
+@json_output
+def upload(deployment_file: Path, names: tuple[str, ...], revision: str, as_json: bool) -> None:
+    """Put the pipelines on the API server; a version that is there already is left alone."""
+    from k2.platform.versions import upload as put
+
+    deployment, renderings = _render(deployment_file, names)
+    api = connect(deployment)
+    results = [put(api, rendering, revision) for rendering in renderings]
+    lines = [f"{each.version}: {'uploaded' if each.new else 'there already'}" for each in results]
+    echo([asdict(each) for each in results], as_json, "\n".join(lines))
+
+
+@pipeline.command()
+@deployment_option
+@click.option("--pipeline", "name", default="k2", show_default=True, help="Which pipeline.")
+@click.option("--version", help="Name of the version; the newest by default.")
+@click.option("--param", "parameters", multiple=True, metavar="NAME=VALUE", help="A parameter; repeatable.")
+@click.option("--name", "run_name", help="Name of the run. Under a name, submitting again adopts what is there.")
+@click.option("--watch", "follow", is_flag=True, help="Follow the run to its end, and exit as it does.")
+@json_output
+def submit(
+    deployment_file: Path,
+    name: str,
+    version: str | None,
+    parameters: tuple[str, ...],
+    run_name: str | None,
+    follow: bool,
+    as_json: bool,
+) -> None:
+    """Start a run on Kubeflow Pipelines."""
+    from k2.platform.runs import submit as start
+    from k2.platform.versions import find_version
+
+    values = pairs(parameters, "--param")
+    api = connect(_deployment(deployment_file))
+    run = start(api, find_version(api, name, version), values, run_name)
+    click.echo(f"{'adopted' if run.adopted else 'started'}: {run.name} {run.run_id}", err=True)
+    if follow:
+        _follow(api, run.run_id, as_json)
+        return
+    echo(asdict(run), as_json, run.run_id)
+
+
+@pipeline.command()
+@click.argument("run_id")
+@deployment_option
+@json_output
+def watch(run_id: str, deployment_file: Path, as_json: bool) -> None:
+    """Follow a run to its end; exits 0 when it succeeded and 1 otherwise. Ctrl-C leaves the run alone."""
+    _follow(connect(_deployment(deployment_file)), run_id, as_json)
+
+
+@pipeline.command()
+@click.argument("run_id")
+@deployment_option
+@click.option("--wait", is_flag=True, help="Wait until the run has ended, its exit handler included.")
+@json_output
+def cancel(run_id: str, deployment_file: Path, wait: bool, as_json: bool) -> None:
+    """Stop a run. Published steps stay, so the next run continues from them."""
+    from k2.platform.runs import cancel as stop
+    from k2.platform.runs import watch as follow
+
+    api = connect(_deployment(deployment_file))
+    before = stop(api, run_id)
+    after = follow(api, run_id, sys.stderr) if wait else "CANCELING"
+    state = before if before in ("SUCCEEDED", "FAILED", "SKIPPED", "CANCELED") else after
+    echo({"run_id": run_id, "state": state}, as_json, state.lower())
+
+
+@pipeline.command()
+@deployment_option
+@click.option("--keep", type=click.IntRange(1), default=5, show_default=True, help="Newest versions that stay anyway.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@json_output
+def prune(deployment_file: Path, keep: int, dry_run: bool, as_json: bool) -> None:
+    """Remove versions that no schedule and no live run uses."""
+    from k2.platform.versions import prune as remove
+
+    removed = remove(connect(_deployment(deployment_file)), keep, dry_run=dry_run)
+    echo(removed, as_json, "\n".join(removed) or "nothing to remove")
+
+
+def connect(deployment: "Deployment") -> "PipelinesApi":
+    """The API server of a deployment, once it has answered.
+
+    Raises:
+        UserError: it does not, or is not what the deployment file says.
+    """
+    from k2.platform.api import PipelinesApi
+
+    api = PipelinesApi(deployment.kubeflow)
+    api.check()
+    return api
+
+
+def _follow(api: "PipelinesApi", run_id: str, as_json: bool) -> None:
+    from k2.platform.runs import watch
+
+    state = watch(api, run_id, sys.stderr)
+    echo({"run_id": run_id, "state": state}, as_json, state.lower())
+    sys.exit(0 if state == "SUCCEEDED" else 1)
+
+
+def _deployment(file: Path) -> "Deployment":
     from k2.config.deployment import Deployment
     from k2.platform.documents import read_section
+
+    return read_section(file, Deployment)
+
+
+def _render(file: Path, names: tuple[str, ...]) -> "tuple[Deployment, list[Rendering]]":
     from k2.platform.render import PIPELINES, render
 
-    deployment = read_section(file, Deployment)
+    deployment = _deployment(file)
     return deployment, [render(name, deployment) for name in names or PIPELINES]
 
 

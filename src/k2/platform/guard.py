@@ -11,9 +11,9 @@ from k2.config.k2 import K2Config
 from k2.config.load import validate
 from k2.errors import StageError, UserError
 from k2.execution.chain import stage_config
-from k2.execution.process import die_with_parent
 from k2.execution.registry import STAGES
 from k2.execution.runner import lookup
+from k2.processes import end_with_run
 from k2.store.artifacts import Artifact
 from k2.store.client import Store
 
@@ -24,7 +24,7 @@ def guard_component(
     config_json: str, only_if_new: bool, budget: float, budget_days: int, costs_json: str
 ) -> tuple[bool, str]:
     """Whether a run goes on, and why in one sentence; ends the process with code 2 when that cannot be told."""
-    die_with_parent()
+    end_with_run()
     try:
         config, store = validate(json.loads(config_json)), Store.from_environment()
         fresh = first_missing(config, store) if only_if_new else "everything"
