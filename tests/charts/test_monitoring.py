@@ -111,7 +111,7 @@ def test_the_committed_dashboards_are_what_the_table_renders() -> None:
 
 
 def test_kustomize_ships_every_dashboard_for_grafanas_sidecar() -> None:
-    maps = [each for each in kustomize("manifests/overlays/prod") if each["kind"] == "ConfigMap"]
+    maps = [each for each in kustomize("manifests/components/monitoring") if each["kind"] == "ConfigMap"]
     shipped = {key: value for each in maps for key, value in each["data"].items()}
     assert {f"{name}.json": dashboards.text(name) for name in dashboards.DASHBOARDS} == shipped
     assert all(each["metadata"]["labels"]["grafana_dashboard"] == "1" for each in maps)

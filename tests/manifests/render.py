@@ -1,5 +1,6 @@
 """Renders and validates: kustomizations, built-in objects of three Kubernetes minors, custom resources."""
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ TYPES: dict[str, dict[str, Any]] = {
     "any": {},
 }
 CUSTOM = yaml.safe_load((Path(__file__).with_name("schemas.yaml")).read_text())
+
+# Otherwise it parses megabytes of schema for each object.
+kubernetes_validate.utils.schema_contents = cache(kubernetes_validate.utils.schema_contents)
 
 Object = dict[str, Any]
 
@@ -69,6 +73,12 @@ def schema(shape: Any) -> dict[str, Any]:
 
 def validate(thing: Object) -> None:
     """Raise when an object is not what its API takes; pods inside custom resources are checked as pods."""
+    _validate(json.dumps(thing))
+
+
+@cache
+def _validate(text: str) -> None:
+    thing = json.loads(text)
     shape = CUSTOM.get(f"{thing['apiVersion']}/{thing['kind']}")
     if shape is None:
         for minor in MINORS:

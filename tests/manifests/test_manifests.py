@@ -79,7 +79,20 @@ def test_an_overlay_stays_in_its_namespace_and_creates_none(kind: str, namespace
         assert thing["kind"] not in CLUSTER_SCOPED, name(thing)
         assert thing["metadata"]["namespace"] == namespace, name(thing)
         for subject in thing.get("subjects", []):
-            assert subject.get("namespace", namespace) == namespace
+            assert subject["namespace"] == namespace, "an account without its namespace is refused by the API server"
+
+
+@pytest.mark.parametrize("kind", OVERLAYS)
+def test_the_deployment_file_runs_the_images_of_its_overlay(kind: str) -> None:
+    (each,) = [each for each in of_kind(overlay(kind), "ConfigMap") if each["metadata"]["name"] == "k2-deployment"]
+    deployment = Deployment.model_validate(yaml.safe_load(each["data"]["deployment.yaml"]))
+    used = {
+        c["image"] for thing in kustomize(overlay(kind)) for t in pod_templates(thing) for c in t["spec"]["containers"]
+    }
+    assert used <= set(deployment.images.values())
+    assert deployment.kubeflow.namespace == OVERLAYS[kind]
+    labels = {f"k2.dev/{name}": value for name, value in deployment.labels.items()}
+    assert labels.items() <= each["metadata"]["labels"].items()
 
 
 def test_the_admin_part_is_cluster_scoped_and_a_profile_gets_no_namespace() -> None:
@@ -201,7 +214,8 @@ def test_queues_cover_what_deployments_and_runtimes_ask_for() -> None:
         for template in pod_templates(runtime):
             requests = template["spec"]["containers"][0]["resources"]["requests"]
             assert all(set(requests) <= set(quota) for quota in queues.values())
-    for path in sorted((ROOT / "pipelines" / "deployments").glob("*.yaml")):
+    overlays = (ROOT / "manifests" / "overlays").glob("*/deployment.yaml")
+    for path in sorted([*(ROOT / "pipelines" / "deployments").glob("*.yaml"), *overlays]):
         deployment = Deployment.model_validate(yaml.safe_load(path.read_text()))
         for queue, wanted in deployment.queues.items():
             given = queues[local[queue]["clusterQueue"]]
