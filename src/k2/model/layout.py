@@ -74,6 +74,11 @@ class LogicalTensor:
 
 def logical_tensors(config: ModelConfig) -> list[LogicalTensor]:
     """Every tensor of the model, in checkpoint order."""
+    return list(_table(config))
+
+
+@lru_cache(maxsize=4)
+def _table(config: ModelConfig) -> tuple[LogicalTensor, ...]:
     vocab, hidden = config.vocab_size, config.hidden_size
     tensors = [_plain("model.embed_tokens.weight", (vocab, hidden), "adamw", None)]
     for layer in range(config.num_hidden_layers):
@@ -83,7 +88,7 @@ def logical_tensors(config: ModelConfig) -> list[LogicalTensor]:
         tensors += _dense(config, layer) if layer < config.first_k_dense_replace else _mixture(config, layer)
     tensors.append(_plain("model.norm.weight", (hidden,), "adamw", None))
     tensors.append(_plain("lm_head.weight", (vocab, hidden), "adamw", None))
-    return tensors
+    return tuple(tensors)
 
 
 def _plain(

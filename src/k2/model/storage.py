@@ -8,6 +8,7 @@ int4  `weight_packed`, `weight_scale`, `weight_shape`: compressed-tensors' `pack
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
@@ -80,7 +81,13 @@ def stored(tensor: LogicalTensor, form: Format, group_size: int = INT4_GROUP) ->
 
 def weight_bytes(layout: Iterable[LogicalTensor], form: Format, group_size: int = INT4_GROUP) -> int:
     """Bytes that a format takes for these tensors, file headers left out."""
-    return sum(part.bytes for tensor in layout for part in stored(tensor, form, group_size))
+    # K2 has 69,120 expert matrices of two shapes: each kind of tensor is described once.
+    counts: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    examples: dict[tuple[str, tuple[int, ...]], LogicalTensor] = {}
+    for tensor in layout:
+        counts[tensor.component, tensor.shape] += 1
+        examples[tensor.component, tensor.shape] = tensor
+    return sum(counts[kind] * part.bytes for kind, t in examples.items() for part in stored(t, form, group_size))
 
 
 def cut(
