@@ -23,7 +23,7 @@ from k2.model.hf import part
 from k2.model.layout import logical_tensors
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
-from k2.optim.newton_schulz import COEFFICIENTS, EPS, orthogonalize
+from k2.optim.newton_schulz import EPS, MOONLIGHT, orthogonalize
 from k2.optim.qk_clip import QKClip
 from k2.training.batches import micro_batches, next_token_loss
 from k2.training.loop import train_step
@@ -121,7 +121,7 @@ def orthogonality_error(count: int, rows: int, columns: int) -> list[float]:
     found = []
     for seed in range(5):
         batch = torch.randn(count, rows, columns, generator=torch.Generator().manual_seed(seed))
-        theirs = torch.stack([_zeropower_via_newtonschulz(matrix, COEFFICIENTS, 5, EPS) for matrix in batch])
+        theirs = torch.stack([_zeropower_via_newtonschulz(matrix, MOONLIGHT[0], 5, EPS) for matrix in batch])
         errors = [(torch.linalg.svdvals(o.double()) - 1).abs().mean().item() for o in (orthogonalize(batch), theirs)]
         found.append(errors[0] / errors[1])
     return sorted(found)

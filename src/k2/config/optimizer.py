@@ -24,6 +24,12 @@ class OptimizerConfig(Section):
     bias_update_speed: float = setting(1e-3, "step of the expert-balancing bias; 0 freezes it", ge=0)
     max_grad_norm: float | None = setting(None, "clip the global gradient norm to this; null never clips", gt=0)
     spike_margin: float | None = setting(
-        None, "skip an update whose loss exceeds the running mean by more than this many nats; null never skips", gt=0
+        None, "a loss this many nats above its running mean is a spike; null looks for none", gt=0
+    )
+    spike_policy: Literal["skip", "stop", "off"] = setting(
+        "skip", "an update of a spike is left out (skip), fails the stage (stop), or is made and reported (off)"
     )
     max_skipped_steps: int = setting(5, "fail after this many skipped updates in a row", ge=1)
+    spectral_interval: int = setting(
+        0, "steps between measurements of every head's spectral norms in W_q and W_k; 0 never measures", ge=0
+    )

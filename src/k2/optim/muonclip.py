@@ -1,12 +1,11 @@
 """MuonClip, the optimizer of Kimi K2 (report section 2.1, Algorithm 1; details from Moonlight, arXiv 2502.16982).
 
 Muon runs on *logical* matrices: each expert alone, gate and up apart, whole head projections. Matrices of equal shape,
-from whatever layers, are orthogonalised as one batch. AdamW takes embeddings, head and gains. QK-Clip follows.
+from whatever layers, are orthogonalised together. AdamW takes embeddings, head and gains. QK-Clip follows.
 
 Letters in shapes: N matrices, R rows, C columns.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from math import sqrt
@@ -18,10 +17,11 @@ from torch.optim.adamw import adamw
 
 from k2.config.optimizer import OptimizerConfig
 from k2.model.layout import LogicalTensor
-from k2.optim.newton_schulz import orthogonalize
+from k2.optim.chunks import Piece, equal_shapes
+from k2.optim.newton_schulz import MOONLIGHT, Workspace
 from k2.optim.norms import stable_norm
-from k2.optim.partition import Block, partition
-from k2.optim.qk_clip import ClipReport, QKClip
+from k2.optim.partition import partition
+from k2.optim.qk_clip import ClipReport, QKClip, spectral_norms
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -45,7 +45,7 @@ class MuonClip(torch.optim.Optimizer):
         config: OptimizerConfig,
         lr: float = 0.0,
     ) -> None:
-        layout = list(layout) if config.matrices == "muon" else _without_muon(layout)
+        self._layout = layout = list(layout) if config.matrices == "muon" else _without_muon(layout)
         self.config = config
         self._parameters = {name: p for name, p in parameters if p.requires_grad}
         parts = partition(layout, {name: tuple(p.shape) for name, p in self._parameters.items()})
@@ -53,7 +53,9 @@ class MuonClip(torch.optim.Optimizer):
         groups = [{"params": [self._parameters[n] for n in names], "lr": lr} for names in (muon, parts.adamw)]
         super().__init__(groups, {})
         self._muon, self._adamw = list(muon), list(parts.adamw)
-        self._batches = _equal_shapes(parts.blocks)
+        self._dtype = torch.bfloat16 if config.newton_schulz_bf16 else torch.float32
+        self._polynomials = MOONLIGHT[:1] * config.newton_schulz_steps
+        self._chunks = equal_shapes(parts.blocks, self._dtype, next(iter(self._parameters.values())).device)
         self._weights = {name: _master(p) for name, p in self._parameters.items()}
         self._tensors = self._initial_state()
         self._steps = 0
@@ -75,6 +77,10 @@ class MuonClip(torch.optim.Optimizer):
         """Set the learning rate of both groups."""
         for group in self.param_groups:
             group["lr"] = lr
+
+    def spectral_norms(self) -> dict[str, list[list[float]]]:
+        """Largest singular value of every head's query and key rows: one list of heads per layer, by projection."""
+        return spectral_norms(self._layout, self._weights)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients and the attention maxima that came with them."""
@@ -99,39 +105,44 @@ class MuonClip(torch.optim.Optimizer):
         self._round_masters()
 
     def _muon_step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        momenta = [self._tensors[f"momentum.{name}"] for name in self._muon]
-        torch._foreach_mul_(momenta, self.config.momentum)
-        torch._foreach_add_(momenta, [gradients[name] for name in self._muon])
-        torch._foreach_mul_([self._weights[name] for name in self._muon], 1 - lr * self.config.weight_decay)
-        squares = [self._muon_batch(shape, blocks, gradients, lr) for shape, blocks in self._batches.items()]
-        size = sum(momentum.numel() for momentum in momenta)
+        squares, size = [], 0
+        for (rows, columns), chunks in self._chunks.items():
+            count = max(sum(piece.count for piece in pieces) for pieces in chunks)
+            device = self._weights[chunks[0][0].block.parameter].device
+            workspace = Workspace(count, rows, columns, self._dtype, device)
+            wide_NRC = torch.empty(count, rows, columns, device=device)
+            for pieces in chunks:
+                squares.append(self._muon_chunk(pieces, gradients, lr, workspace, wide_NRC))
+                size += sum(piece.count for piece in pieces) * rows * columns
         self.update_rms = (torch.stack(squares).sum() / size).sqrt().item()
 
-    def _muon_batch(
-        self, shape: tuple[int, int], blocks: list[Block], gradients: Mapping[str, Tensor], lr: float
+    def _muon_chunk(
+        self, pieces: list[Piece], gradients: Mapping[str, Tensor], lr: float, workspace: Workspace, wide_NRC: Tensor
     ) -> Tensor:
-        """Update all matrices of one shape; returns the sum of squares of their updates, without the learning rate."""
-        dtype = torch.bfloat16 if self.config.newton_schulz_bf16 else torch.float32
-        first = self._weights[blocks[0].parameter]
-        counts = [block.count for block in blocks]
-        update_NRC = torch.empty(sum(counts), *shape, dtype=dtype, device=first.device)
-        parts = torch.split(update_NRC, counts)
-        for block, part in zip(blocks, parts, strict=True):
-            self._direction(block, gradients, part)
-        update_NRC = orthogonalize(update_NRC, self.config.newton_schulz_steps, dtype)
-        # Lemma 1 of Moonlight: a full-rank orthogonal [R, C] has the RMS 1 / sqrt(max(R, C)).
-        scale = self.config.update_rms * sqrt(max(shape))
-        for block, part in zip(blocks, torch.split(update_NRC, counts), strict=True):
-            block.of(self._weights[block.parameter]).add_(part, alpha=-lr * scale)
-        norm = stable_norm(update_NRC) * scale
-        return norm.square()
+        """Update some matrices of one shape; returns the sum of squares of their updates, without the learning rate.
 
-    def _direction(self, block: Block, gradients: Mapping[str, Tensor], out_NRC: Tensor) -> None:
-        momentum = block.of(self._tensors[f"momentum.{block.parameter}"])
-        if self.config.nesterov:
-            torch.add(block.of(gradients[block.parameter]), momentum, alpha=self.config.momentum, out=out_NRC)
-        else:
-            out_NRC.copy_(momentum)
+        Everything happens to one chunk after the other, so that weights and momentum pass through the caches once.
+
+        Args:
+            wide_NRC: float32 memory for the chunk.
+        """
+        config, counts = self.config, [piece.count for piece in pieces]
+        wide_NRC = wide_NRC[: sum(counts)]
+        for piece, wide in zip(pieces, torch.split(wide_NRC, counts), strict=True):
+            gradient = piece.of(gradients[piece.block.parameter])
+            momentum = piece.of(self._tensors[f"momentum.{piece.block.parameter}"])
+            # A mean, (1 - mu) times Algorithm 1's sum; the orthogonal factor of both is the same.
+            momentum.lerp_(gradient, 1 - config.momentum)
+            torch.lerp(gradient, momentum, config.momentum if config.nesterov else 1.0, out=wide)
+        workspace.input(len(wide_NRC)).copy_(wide_NRC)
+        wide_NRC.copy_(workspace.orthogonalize(self._polynomials))
+        # Lemma 1 of Moonlight: a full-rank orthogonal [R, C] has the RMS 1 / sqrt(max(R, C)).
+        scale = config.update_rms * sqrt(max(wide_NRC.shape[1:]))
+        for piece, wide in zip(pieces, torch.split(wide_NRC, counts), strict=True):
+            weight = piece.of(self._weights[piece.block.parameter])
+            weight.mul_(1 - lr * config.weight_decay).add_(wide, alpha=-lr * scale)
+        norm: Tensor = stable_norm(wide_NRC) * scale
+        return norm.square()
 
     def _adamw_step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
         """AdamW (arXiv 1711.05101) through torch's own fused kernel."""
@@ -162,8 +173,8 @@ class MuonClip(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as one flat dict of tensors in their own types (float32 masters included)."""
         masters = {f"master.{n}": w for n, w in self._weights.items() if w is not self._parameters[n]}
-        counters = {"qk_clip.counts": self.qk_clip.counts, "steps": torch.tensor(self._steps)}
-        return self._tensors | masters | counters
+        clip = {f"qk_clip.{name}": getattr(self.qk_clip, name) for name in ("counts", "peaks", "gammas")}
+        return self._tensors | masters | clip | {"steps": torch.tensor(self._steps)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned, exactly; learning rates are not state, the schedule gives them.
@@ -181,13 +192,6 @@ class MuonClip(torch.optim.Optimizer):
 
 def _without_muon(layout: Iterable[LogicalTensor]) -> list[LogicalTensor]:
     return [replace(tensor, group="adamw") if tensor.group == "muon" else tensor for tensor in layout]
-
-
-def _equal_shapes(blocks: Iterable[Block]) -> dict[tuple[int, int], list[Block]]:
-    batches: dict[tuple[int, int], list[Block]] = defaultdict(list)
-    for block in blocks:
-        batches[block.shape].append(block)
-    return dict(batches)
 
 
 def _master(parameter: nn.Parameter) -> Tensor:
