@@ -7,6 +7,7 @@ own. Steps leave their state in the run's record in the object store, which the 
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any, TextIO
 
 from k2.config.k2 import K2Config
 from k2.config.report import ReportConfig
+from k2.errors import StageError
 from k2.execution.component import recorded
 from k2.execution.registry import STAGES
 from k2.execution.warm import warm_starts
@@ -30,6 +32,8 @@ from k2.processes import ROOT_VARIABLE
 from k2.store.client import Store
 from k2.store.embedded import embedded_server
 
+FULL_BYTES = 16 * 2**20
+"""With less than this free the embedded store refuses to write, without saying why."""
 STOP_S = 10.0
 """Seconds a stopped run has before it is killed. Nothing depends on them: published steps are safe."""
 
@@ -54,6 +58,7 @@ def object_store() -> Iterator[Store]:
 
     Raises:
         UserError: it cannot be used.
+        StageError: the disk of the embedded one is full.
     """
     configured = bool(os.environ.get("K2_S3_ENDPOINT"))
     server: AbstractContextManager[Any] = nullcontext() if configured else embedded_server(k2_home())
@@ -64,6 +69,10 @@ def object_store() -> Iterator[Store]:
             store = Store.from_environment()
             store.check()
             yield store
+        except StageError as error:
+            if embedded is not None and shutil.disk_usage(k2_home()).free < FULL_BYTES:
+                raise StageError(f"no space left on disk for {k2_home()}; free some and run again") from error
+            raise
         finally:
             if embedded is not None:
                 for name in embedded.environment():
