@@ -1,10 +1,7 @@
-"""Reading what was made: lineage, files, runs; and whether this machine is fit."""
+"""Reading what was made: lineage, files, runs."""
 
-import importlib.metadata
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,26 +64,6 @@ def report(run: str | None, runs: Path, as_json: bool) -> None:
     echo(summary, as_json, "\n".join([*lines, str(found.with_name("report.html"))]))
 
 
-@click.command()
-@json_output
-def doctor(as_json: bool) -> None:
-    """Check this machine: Python, packages, disk, and the object store."""
-    from k2.execution.local import k2_home, object_store
-
-    home = k2_home()
-    home.mkdir(parents=True, exist_ok=True)
-    checks = {
-        "python": sys.version.split()[0],
-        "cpu": len(os.sched_getaffinity(0)),
-        "torch": importlib.metadata.version("torch"),
-        "kfp": importlib.metadata.version("kfp"),
-        "disk_free_bytes": shutil.disk_usage(home).free,
-    }
-    with object_store() as store:
-        checks["store"] = store.settings.endpoint
-    echo(checks, as_json, "\n".join(f"{name:<16}{value}" for name, value in checks.items()))
-
-
 def resolve(store: "Store", uri: str) -> str:
     """The URI behind an alias, or the URI itself."""
     from k2.store.aliases import read_alias
@@ -99,4 +76,4 @@ def resolve(store: "Store", uri: str) -> str:
     return alias.uri
 
 
-COMMANDS = (lineage, fetch, report, doctor)
+COMMANDS = (lineage, fetch, report)

@@ -1,0 +1,202 @@
+"""`k2 doctor --cluster` against an API server on loopback that knows groups, objects, rights and impersonation."""
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from k2.cli import main
+from k2.commands import doctor
+from k2.commands.doctor import NEEDED
+from tests.manifests.render import ROOT, kustomize
+
+RUNNER = "system:serviceaccount:kubeflow:pipeline-runner"
+
+
+class Cluster(ThreadingHTTPServer):
+    """rules: user -> RBAC rules; objects: paths that exist; hidden: paths that nobody may read."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.groups = ["batch/v1", *doctor.OPERATORS]
+        self.rules: dict[str, list[dict[str, Any]]] = {}
+        self.objects: set[str] = set()
+        self.hidden: set[str] = set()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The four requests that the doctor makes."""
+
+    server: Cluster
+
+    def do_GET(self) -> None:
+        if self.path == "/version/":
+            self.answer(version())
+        elif self.path == "/apis/":
+            self.answer(groups(self.server.groups))
+        elif self.path in self.server.hidden:
+            self.answer({}, 403)
+        else:
+            self.answer({}, 200 if self.path in self.server.objects else 404)
+
+    def do_POST(self) -> None:
+        review = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        user = self.headers.get("Impersonate-User", "me")
+        wanted = review["spec"]["resourceAttributes"]
+        allowed = any(grants(rule, wanted) for rule in self.server.rules.get(user, []))
+        self.answer(review | {"status": {"allowed": allowed}}, 201)
+
+    def answer(self, body: dict[str, Any], status: int = 200) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def version() -> dict[str, str]:
+    names = "buildDate compiler gitCommit gitTreeState goVersion major minor platform"
+    return dict.fromkeys(names.split(), "x") | {"gitVersion": "v1.36.2"}
+
+
+def groups(served: list[str]) -> dict[str, Any]:
+    rows = []
+    for each in served:
+        found = {"groupVersion": each, "version": each.partition("/")[2]}
+        rows.append({"name": each.partition("/")[0], "versions": [found], "preferredVersion": found})
+    return {"groups": rows}
+
+
+def grants(rule: dict[str, Any], wanted: dict[str, str]) -> bool:
+    resource = "/".join(filter(None, [wanted["resource"], wanted.get("subresource", "")]))
+    return (
+        wanted.get("group", "") in rule["apiGroups"]
+        and resource in rule["resources"]
+        and wanted["verb"] in rule["verbs"]
+        and wanted["namespace"] == "kubeflow"
+    )
+
+
+def launcher_rules() -> list[dict[str, Any]]:
+    roles = {each["metadata"]["name"]: each for each in kustomize("manifests/overlays/prod") if each["kind"] == "Role"}
+    rules: list[dict[str, Any]] = json.loads(json.dumps(roles["k2-launcher"]["rules"]))
+    return rules
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Cluster]:
+    server = Cluster()
+    server.rules[RUNNER] = launcher_rules()
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    config = {
+        "clusters": [{"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_address[1]}"}}],
+        "users": [{"name": "u", "user": {"token": "t"}}],
+        "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "x",
+    }
+    (tmp_path / "config").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "config"))
+    monkeypatch.setattr(doctor, "machine", dict)
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def diagnose(*arguments: str) -> tuple[int, dict[str, tuple[str, str]], str]:
+    result = CliRunner().invoke(main, ["doctor", "--cluster", "--json", *arguments])
+    rows = json.loads(result.stdout)["cluster"] if result.stdout.startswith("{") else []
+    return result.exit_code, {row["check"]: (row["state"], row["detail"]) for row in rows}, result.output
+
+
+def test_a_cluster_that_has_all_it_needs(cluster: Cluster) -> None:
+    code, found, output = diagnose("--account", "pipeline-runner")
+    assert code == 0, output
+    assert found["Kubernetes"][1].startswith("v1.36.2 at http://127.0.0.1:")
+    assert {state for state, _ in found.values()} == {"ok"}
+    assert found["delivery"][1].startswith("database")
+
+
+def test_the_missing_verb_is_named(cluster: Cluster) -> None:
+    for rule in cluster.rules[RUNNER]:
+        if "trainjobs" in rule["resources"]:
+            rule["verbs"] = [verb for verb in rule["verbs"] if verb not in ("patch", "delete")]
+    code, found, _ = diagnose("--account", "pipeline-runner")
+    assert code == 1
+    state, detail = found["may trainjobs.trainer.kubeflow.org in kubeflow"]
+    assert (state, detail.partition(";")[0]) == ("failed", "missing: delete, patch")
+    assert [name for name, (state, _) in found.items() if state == "failed"] == [
+        "may trainjobs.trainer.kubeflow.org in kubeflow"
+    ]
+
+
+def test_without_an_account_ones_own_rights_count(cluster: Cluster) -> None:
+    code, found, _ = diagnose()
+    assert code == 1
+    assert found["may pods/log in kubeflow"][0] == "failed"
+
+
+def test_what_no_operator_serves_is_absent_and_its_verbs_are_not_asked_for(cluster: Cluster) -> None:
+    cluster.groups = ["batch/v1", doctor.NATIVE]
+    cluster.rules[RUNNER] = [rule for rule in cluster.rules[RUNNER] if rule["apiGroups"] in ([""], ["batch"])]
+    code, found, output = diagnose("--account", "pipeline-runner")
+    assert code == 0, output
+    assert found["kueue.x-k8s.io/v1beta2"][0] == "absent"
+    assert not [name for name in found if "trainjobs" in name]
+    assert found["delivery"][1].startswith("Kubernetes-native")
+
+
+def test_names_of_a_deployment_file_are_looked_up(cluster: Cluster) -> None:
+    base = "/api/v1/namespaces/kubeflow"
+    cluster.objects = {f"{base}/secrets/k2-s3", f"{base}/configmaps/cluster-ca"}
+    cluster.hidden = {f"{base}/secrets/llm-endpoint"}
+    deployment = str(ROOT / "pipelines" / "deployments" / "gpu.yaml")
+    code, found, _ = diagnose("--account", "pipeline-runner", "--deployment", deployment)
+    states = {name: found[name][0] for name in found if name.split()[0] in ("Secret", "ConfigMap", "LocalQueue")}
+    assert code == 1
+    assert states == {
+        "Secret k2-s3": "ok",
+        "Secret registry": "failed",
+        "Secret llm-endpoint": "absent",
+        "ConfigMap cluster-ca": "ok",
+        "LocalQueue k2-gpu": "failed",
+    }
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(cluster: Cluster) -> None:
+    cluster.shutdown()
+    cluster.server_close()
+    code, _, output = diagnose()
+    assert code == 2
+    assert len(output.strip().splitlines()) == 1
+    assert "error: http://127.0.0.1" in output
+
+
+def test_no_credentials_is_a_user_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "machine", dict)
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "nothing"))
+    code, _, output = diagnose()
+    assert code == 2
+    assert "KUBECONFIG" in output
+
+
+def test_the_role_grants_exactly_what_the_doctor_asks_for() -> None:
+    granted = {
+        (group, resource, verb)
+        for rule in launcher_rules()
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert granted == {(group, resource, verb) for group, resource, verbs in NEEDED for verb in verbs}
