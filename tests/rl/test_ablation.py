@@ -11,8 +11,9 @@ from k2.data.tokenizer import Tokenizer
 from k2.evaluation.harness import MODES
 from k2.evaluation.tasks import sample_mixture
 from k2.model.transformer import Transformer
+from k2.monitoring.standalone import markdown_table
 from k2.rl.ablation import ARMS, _Study, covered, run_component, run_seed
-from k2.rl.ablation_report import cpu_rows, figure, markdown, page, rows, summarize
+from k2.rl.ablation_report import cpu_rows, figure, page, rows, summarize
 from k2.store.artifacts import Artifact
 from pipelines.ablations.rl_vs_sft import CONFIG as CONFIG_OF_THE_STUDY
 from pipelines.ablations.rl_vs_sft import rl_vs_sft
@@ -94,7 +95,7 @@ def test_the_page_is_self_contained_and_shows_every_number() -> None:
     html = page(table)
     assert "<svg" in html
     assert all(cell in html for line in [*rows(table), *cpu_rows(table)] for cell in line)
-    assert markdown(rows(table)).count("\n") == len(rows(table)) + 1
+    assert markdown_table(rows(table)).count("\n") == len(rows(table)) + 1
     assert ElementTree.fromstring(figure(table)).tag.endswith("svg")
 
 
@@ -108,8 +109,8 @@ def test_the_document_shows_the_committed_result() -> None:
     table = json.loads((DOCS / "rl-vs-sft.json").read_text())
     assert (DOCS / "rl-vs-sft.svg").read_text() == figure(table) + "\n"
     text = (DOCS / "rl-vs-sft.md").read_text()
-    assert markdown(rows(table)) in text
-    assert markdown(cpu_rows(table)) in text
+    assert markdown_table(rows(table)) in text
+    assert markdown_table(cpu_rows(table)) in text
 
 
 def test_equal_answers_are_learned_from_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,15 @@ import click
 
 from k2.commands.options import configuration, json_output, load
 
+PIPELINES = (
+    "k2",
+    "ablations/qk_clip",
+    "ablations/muonclip_vs_adamw",
+    "ablations/sparsity",
+    "ablations/heads",
+)
+"""Files of `pipelines/` that run on a preset alone."""
+
 
 @click.command()
 @configuration
@@ -15,11 +24,24 @@ from k2.commands.options import configuration, json_output, load
 @click.option(
     "--runs", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where reports go."
 )
+@click.option(
+    "--pipeline",
+    type=click.Choice(PIPELINES),
+    default="k2",
+    show_default=True,
+    help="The recipe, or an ablation study.",
+)
 @json_output
 def run(
-    preset: str, file: Path | None, overrides: tuple[str, ...], corpus: tuple[str, ...], runs: Path, as_json: bool
+    preset: str,
+    file: Path | None,
+    overrides: tuple[str, ...],
+    corpus: tuple[str, ...],
+    runs: Path,
+    pipeline: str,
+    as_json: bool,
 ) -> None:
-    """Run the whole recipe here: the same DAG that a cluster runs.
+    """Run the whole recipe here, or another pipeline: the same DAG that a cluster runs.
 
     Object storage is the S3 service in K2_S3_ENDPOINT; without one, an embedded server keeps everything under .k2/.
     What was made before is not made again, and an interrupted run continues.
@@ -30,7 +52,7 @@ def run(
 
     from k2.execution.local import run_pipeline
 
-    result = run_pipeline(config, document, runs, sys.stderr)
+    result = run_pipeline(config, document, runs, sys.stderr, pipeline)
     if as_json:
         click.echo(json.dumps(result.summary, indent=1))
     for stage, record in result.summary["stages"].items():

@@ -29,7 +29,7 @@ def load_config(preset: str, document: Mapping[str, Any] | None = None) -> K2Con
         raise UserError(f"preset: {preset!r} is unknown; choose one of {', '.join(preset_names())}")
     text = next(p for p in _presets() if p.name == f"{preset}.yaml").read_text(encoding="utf-8")
     values: dict[str, Any] = yaml.safe_load(text) or {}
-    return validate(_merge(values, document or {}) | {"preset": preset})
+    return validate(merge(values, document or {}) | {"preset": preset})
 
 
 def merge_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def merge_overrides(document: Mapping[str, Any], overrides: Iterable[str]) -> di
     """
     merged = dict(document)
     for override in overrides:
-        merged = _merge(merged, _parse_override(override))
+        merged = merge(merged, _parse_override(override))
     return merged
 
 
@@ -113,11 +113,12 @@ def _number(text: str) -> str | float:
         return text
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`; nested mappings are merged, anything else is replaced."""
     merged = dict(base)
     for name, value in over.items():
         old = merged.get(name)
-        merged[name] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+        merged[name] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 

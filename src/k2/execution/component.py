@@ -40,7 +40,11 @@ def run_component(stage: str, config_json: str, artifact: Any, metrics: Any, **i
     """
     config = validate(json.loads(config_json))
     opened = {name: Path(each.path).read_text() for name, each in inputs.items()}
-    outcome = recorded(stage, getattr(config, stage), opened, config.run)
+    deliver(recorded(stage, getattr(config, stage), opened, config.run), artifact, metrics)
+
+
+def deliver(outcome: Outcome, artifact: Any, metrics: Any) -> None:
+    """Hand an outcome to KFP: the manifest as the artifact's file, scalars as metrics."""
     Path(artifact.path).write_text(outcome.artifact.manifest.model_dump_json(indent=1))
     artifact.metadata |= {"s3_uri": outcome.artifact.uri, "digest": outcome.artifact.digest, "cached": outcome.cached}
     log_metrics(metrics, outcome.metrics)
@@ -54,22 +58,25 @@ def run_report(preset: str, run: str, state: str, page: Any, metrics: Any) -> No
     log_metrics(metrics, outcome.metrics)
 
 
-def recorded(stage: str, config: Section, manifests: Mapping[str, str], run: str) -> Outcome:
-    """Execute a stage and keep its state in the run's record, whatever happens."""
+def recorded(stage: str, config: Section, manifests: Mapping[str, str], run: str, label: str | None = None) -> Outcome:
+    """Execute a stage and keep its state in the run's record, whatever happens.
+
+    `label` names it there, in a run that has the same stage several times.
+    """
     end_with_run()
-    store = Store.from_environment()
-    progress = progress_for(stage)
+    name, store = label or stage, Store.from_environment()
+    progress = progress_for(name)
     progress.event("stage_started")
-    write_stage_record(store, run, {"stage": stage, "status": "running"})
+    write_stage_record(store, run, {"stage": name, "status": "running"})
     try:
         inputs = {name: Artifact(store, Manifest.model_validate_json(text)) for name, text in manifests.items()}
         outcome = execute(stage, config, inputs, store, progress)
     except BaseException as error:
-        write_stage_record(store, run, {"stage": stage, "status": "failed", "error": describe(error)})
+        write_stage_record(store, run, {"stage": name, "status": "failed", "error": describe(error)})
         progress.event("stage_finished", status="failed", error=describe(error)["message"])
         _leave(error)
     record = {
-        "stage": stage,
+        "stage": name,
         "status": "done",
         "wall_s": round(outcome.wall_s, 3),
         "cached": outcome.cached,

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,10 @@ from k2.store.embedded import embedded_server
 
 FULL_BYTES = 16 * 2**20
 """With less than this free the embedded store refuses to write, without saying why."""
+
+RECIPE = "k2"
+"""The pipeline `pipelines/k2.py`."""
+
 STOP_S = 10.0
 """Seconds a stopped run has before it is killed. Nothing depends on them: published steps are safe."""
 
@@ -79,37 +83,40 @@ def object_store() -> Iterator[Store]:
                     os.environ.pop(name, None)
 
 
-def run_pipeline(config: K2Config, overrides: Mapping[str, Any], runs: Path, stream: TextIO) -> RunResult:
-    """Run the DAG and leave `summary.json`, `events.jsonl`, `report.html` and `kfp.log` in `runs/<run>/`.
+def run_pipeline(
+    config: K2Config, overrides: Mapping[str, Any], runs: Path, stream: TextIO, pipeline: str = RECIPE
+) -> RunResult:
+    """Run a DAG and leave `summary.json`, `events.jsonl`, `report.html` and `kfp.log` in `runs/<run>/`.
 
     Raises:
         UserError: the object store cannot be used.
     """
-    run = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    study = "" if pipeline == RECIPE else f"{pipeline.rpartition('/')[2]}-"
+    run = f"{study}{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     folder = runs.absolute() / run
     folder.mkdir(parents=True)
     os.environ["K2_EVENTS"] = str(folder / "events.jsonl")
     EventLog(folder / "events.jsonl").append("run", "run_started", run=run, preset=config.preset)
     started = time.monotonic()
-    with _kfp_child(folder) as (child, python), object_store() as store:
+    with _kfp_child(pipeline, folder) as (child, python), object_store() as store:
         request = {
             "parameters": {"preset": config.preset, "overrides": json.dumps(overrides), "run": run},
             "environment": {name: value for name, value in os.environ.items() if name.startswith("K2_S3_")},
             "python": python,
         }
-        status = _run_child(child, request, folder, stream)
+        status = _run_child(child, request, [] if study else list(STAGES), folder, stream)
         if store.stat(f"runs/{run}/report.html") is None or status == "interrupted":
             recorded("report", ReportConfig(run=run, preset=config.preset, status=status), {}, run)
         return _finish(store, config.preset, run, status, time.monotonic() - started, folder)
 
 
 @contextmanager
-def _kfp_child(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def _kfp_child(pipeline: str, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A child that imports kfp and waits for a request, and the program that starts its steps; stopped at the end."""
     environment = _child_environment(folder)
     with (folder / "kfp.log").open("wb") as log, warm_starts(environment, log) as python:
         child = subprocess.Popen(
-            [sys.executable, "-m", "k2.execution.kfp_local", str(k2_home() / "kfp" / folder.name)],
+            [sys.executable, "-m", "k2.execution.kfp_local", pipeline, str(k2_home() / "kfp" / folder.name)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -122,14 +129,16 @@ def _kfp_child(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
             _stop(child)
 
 
-def _run_child(child: subprocess.Popen[bytes], request: Mapping[str, Any], folder: Path, stream: TextIO) -> str:
+def _run_child(
+    child: subprocess.Popen[bytes], request: Mapping[str, Any], stages: Sequence[str], folder: Path, stream: TextIO
+) -> str:
     """Have kfp run the pipeline and watch it; returns done, failed or interrupted."""
     assert child.stdin is not None
     try:
         with _interrupt_on_sigterm():
             child.stdin.write(json.dumps(request).encode())
             child.stdin.close()
-            watch(folder / "events.jsonl", list(STAGES), lambda: child.poll() is not None, stream)
+            watch(folder / "events.jsonl", stages, lambda: child.poll() is not None, stream)
     except KeyboardInterrupt:
         _stop(child)
         return "interrupted"

@@ -13,6 +13,7 @@ class StageSpec:
         packages: distributions whose version changes what the stage makes (their data or code enters the bytes).
         external: the stage reads something besides its inputs; `k2.<external>` is `fingerprint(config, store)`.
         always: the stage acts on mutable state (aliases, runs), so it runs every time.
+        collects: the stage takes any number of inputs, under names of the caller's.
     """
 
     name: str
@@ -21,6 +22,7 @@ class StageSpec:
     packages: tuple[str, ...] = ()
     external: str | None = None
     always: bool = False
+    collects: bool = False
 
     @property
     def module(self) -> str:
@@ -88,3 +90,11 @@ _SPECS = (
 
 STAGES: Mapping[str, StageSpec] = {spec.name: spec for spec in _SPECS}
 """All stages in the order in which one process can run them."""
+
+COMPARE = StageSpec("compare", "Compare the arms of a study", collects=True)
+"""Ends an ablation study; no part of the recipe."""
+
+
+def stage_spec(stage: str) -> StageSpec:
+    """The specification of any stage, of the recipe or not."""
+    return COMPARE if stage == COMPARE.name else STAGES[stage]

@@ -12,7 +12,7 @@ from k2.config.base import Section
 from k2.errors import StageError
 from k2.execution.contract import Progress, StageResult
 from k2.execution.digest import artifact_key, code_digest
-from k2.execution.registry import STAGES, StageSpec
+from k2.execution.registry import STAGES, StageSpec, stage_spec
 from k2.store.artifacts import Artifact, ArtifactWriter, find
 from k2.store.client import Store
 from k2.store.lease import Holder, Lease
@@ -45,7 +45,7 @@ def execute(
         StageError: the stage could not finish.
     """
     started = time.monotonic()
-    spec = STAGES[stage]
+    spec = stage_spec(stage)
     _require_inputs(spec, inputs)
     key = artifact_key(spec, config, inputs, _external(spec, config, store))
     if not spec.always:
@@ -73,7 +73,7 @@ def lookup(stage: str, config: Section, inputs: Mapping[str, Artifact], store: S
 
 
 def _require_inputs(spec: StageSpec, inputs: Mapping[str, Artifact]) -> None:
-    if set(inputs) != set(spec.inputs):
+    if not spec.collects and set(inputs) != set(spec.inputs):
         raise StageError(f"{spec.name} takes the inputs {sorted(spec.inputs)}, got {sorted(inputs)}")
 
 

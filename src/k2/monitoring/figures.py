@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -24,10 +24,12 @@ Values = Sequence[float | None]
 
 @dataclass(frozen=True)
 class Series:
-    """One named curve; None leaves a gap."""
+    """One named curve; None leaves a gap. `low` and `high` bound a band around it, without gaps."""
 
     name: str
     values: Values
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -80,14 +82,17 @@ def line_chart(
     y_label: str,
     rule: tuple[float, str] | None = None,
     zero: bool = False,
+    log: bool = False,
 ) -> Markup:
     """Curves over a common x axis, named at their ends; `rule` is a labelled horizontal line.
 
-    A rule that is far above the data is left out of the scale, and named in the corner.
+    A rule that is far above the data is left out of the scale, and named in the corner. `log` takes values above 0.
     """
     keep = thin(len(x))
-    x, series = [x[i] for i in keep], [Series(s.name, [s.values[i] for i in keep]) for s in series]
-    points = [v for s in series for v in s.values if v is not None] or [0.0]
+    x, series = [x[i] for i in keep], [_kept(s, keep) for s in series]
+    if log:
+        return _log_chart(title, x, series, x_label, y_label)
+    points = [v for s in series for v in (*s.values, *s.low, *s.high) if v is not None] or [0.0]
     low, high = min(0.0, *points) if zero else min(points), max(points)
     fits = rule is not None and rule[0] <= low + 4 * ((high - low) or 1.0)
     marks = ticks(min(low, rule[0]) if rule and fits else low, max(high, rule[0]) if rule and fits else high)
@@ -96,8 +101,48 @@ def line_chart(
     parts = [*_axes(across, up, ticks(x[0], x[-1], 6), marks, x_label, y_label)]
     if rule:
         parts.append(_rule(rule, up(rule[0]) if fits else None))
-    parts += [_curve(index, x, each, across, up) for index, each in enumerate(series)]
-    parts += _end_labels(series, up)
+    parts += _curves(x, series, across, up)
+    return _chart(title, x, series, x_label, parts)
+
+
+def _log_chart(title: str, x: Sequence[float], series: Sequence[Series], x_label: str, y_label: str) -> Markup:
+    """The curves over powers of ten."""
+    logs = [Series(s.name, _log10(s.values), *(_floats(_log10(side)) for side in (s.low, s.high))) for s in series]
+    points = [v for s in logs for v in (*s.values, *s.low, *s.high) if v is not None]
+    marks = [float(power) for power in range(math.floor(min(points)), max(1, math.ceil(max(points))) + 1)]
+    across = _Scale(x[0], x[-1] if x[-1] > x[0] else x[0] + 1, LEFT, WIDTH - RIGHT)
+    up = _Scale(marks[0], marks[-1], HEIGHT - BOTTOM, TOP)
+    parts = [*_axes(across, up, ticks(x[0], x[-1], 6), marks, x_label, y_label, lambda mark: number(10**mark))]
+    return _chart(title, x, series, x_label, parts + _curves(x, logs, across, up))
+
+
+def _log10(values: Values) -> list[float | None]:
+    return [None if value is None else math.log10(value) for value in values]
+
+
+def _floats(values: Values) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _kept(series: Series, keep: Sequence[int]) -> Series:
+    low, high = ([side[i] for i in keep] if side else [] for side in (series.low, series.high))
+    return Series(series.name, [series.values[i] for i in keep], low, high)
+
+
+def _curves(x: Sequence[float], series: Sequence[Series], across: _Scale, up: _Scale) -> list[Markup]:
+    """Bands below curves below names."""
+    bands = [_band(index, x, each, across, up) for index, each in enumerate(series) if each.low]
+    return bands + [_curve(i, x, each, across, up) for i, each in enumerate(series)] + _end_labels(series, up)
+
+
+def _band(index: int, x: Sequence[float], series: Series, across: _Scale, up: _Scale) -> Markup:
+    edge = [*zip(x, series.high, strict=True), *reversed(list(zip(x, series.low, strict=True)))]
+    points = " ".join(f"{across(position)},{up(value)}" for position, value in edge)
+    return Markup('<polygon class="band s{}" points="{}"/>').format(index % COLOURS, points)
+
+
+def _chart(title: str, x: Sequence[float], series: Sequence[Series], x_label: str, parts: Sequence[Markup]) -> Markup:
+    """The figure with the data that the page's script reads under the pointer."""
     data = {
         "x": list(x),
         "label": x_label,
@@ -115,12 +160,18 @@ def _rounded(values: Values) -> list[float | None]:
 
 
 def _axes(
-    across: _Scale, up: _Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], x_label: str, y_label: str
+    across: _Scale,
+    up: _Scale,
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    x_label: str,
+    y_label: str,
+    y_text: Callable[[float], str] = number,
 ) -> Iterator[Markup]:
     for value in y_ticks:
         y = up(value)
         yield Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, WIDTH - RIGHT, y, y)
-        yield _text(LEFT - 7, y + 4, number(value), "tick end")
+        yield _text(LEFT - 7, y + 4, y_text(value), "tick end")
     for value in x_ticks:
         if across.low <= value <= across.high:
             yield _text(across(value), HEIGHT - BOTTOM + 16, number(value), "tick middle")

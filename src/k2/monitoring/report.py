@@ -10,8 +10,9 @@ from typing import Any
 from jinja2 import BaseLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from k2.ablations.page import study_section
 from k2.errors import StageError, UserError
-from k2.execution.registry import STAGES
+from k2.execution.registry import COMPARE, STAGES, stage_spec
 from k2.monitoring.blocks import Block, Missing, Preformatted, Section, StageView
 from k2.monitoring.data_sections import corpus_section, rephrase_section, trajectory_section
 from k2.monitoring.format import duration, number, value_text
@@ -32,7 +33,19 @@ log = logging.getLogger(__name__)
 MAX_BYTES = 1_000_000
 """A report is no larger, so that it can be mailed and kept."""
 
-LINEAGE_FROM = ("evaluate", "export", "quantize", "rl", "sft", "pretrain", "tokenize", "rephrase", "ingest", "corpus")
+LINEAGE_FROM = (
+    "compare",
+    "evaluate",
+    "export",
+    "quantize",
+    "rl",
+    "sft",
+    "pretrain",
+    "tokenize",
+    "rephrase",
+    "ingest",
+    "corpus",
+)
 """Stages whose artifact the tree starts from: the first that there is."""
 
 
@@ -62,9 +75,10 @@ def render_report(store: Store, run: Run, records: Sequence[Mapping[str, Any]], 
 
 
 def collect(store: Store, records: Sequence[Mapping[str, Any]]) -> dict[str, StageView]:
-    """One view per stage of the DAG, also of those that never ran."""
+    """One view per stage of the DAG, also of those that never ran; of a study, its stages and trainings."""
     known = {record["stage"]: record for record in records}
-    return {stage: _view(store, stage, known.get(stage)) for stage in STAGES}
+    stages = [*known, COMPARE.name] if known.keys() - STAGES.keys() else STAGES
+    return {stage: _view(store, stage, known.get(stage)) for stage in stages}
 
 
 def _view(store: Store, stage: str, record: Mapping[str, Any] | None) -> StageView:
@@ -85,7 +99,7 @@ def _ended(status: str) -> str:
 
 
 def _lineage(store: Store, views: Mapping[str, StageView]) -> Block:
-    uris = (views[stage].record.get("artifact") for stage in LINEAGE_FROM)
+    uris = (views[stage].record.get("artifact") for stage in LINEAGE_FROM if stage in views)
     uri = next((uri for uri in uris if uri), None)
     if uri is None:
         return Missing("lineage", "no stage has finished")
@@ -97,6 +111,9 @@ def _lineage(store: Store, views: Mapping[str, StageView]) -> Block:
 
 
 def _sections(views: Mapping[str, StageView], examples: int) -> list[Section]:
+    if COMPARE.name in views:
+        view = views[COMPARE.name]
+        return [_section(view, "Study", lambda: [*study_section(view)])]
     builders: tuple[tuple[str, str, Callable[[], list[Block]]], ...] = (
         ("evaluate", "Evaluation", lambda: evaluation_section(views)),
         ("gate", "Gate", lambda: gate_section(views)),
@@ -140,7 +157,7 @@ def timeline(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "stage": record["stage"],
-            "title": STAGES[record["stage"]].title,
+            "title": stage_title(record["stage"]),
             "status": "cached" if record["cached"] else record["status"],
             "wall": duration(record["wall_s"]),
             "left": round(100 * (record["started"] - begin) / total, 2),
@@ -148,6 +165,11 @@ def timeline(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for record in records
     ]
+
+
+def stage_title(stage: str) -> str:
+    """What a stage does; a training of a study says which it is by its name."""
+    return stage_spec(stage).title if stage in (*STAGES, COMPARE.name) else "Pretrain one arm of the study"
 
 
 HEADLINE = (

@@ -51,6 +51,8 @@ class Board:
 
     def take(self, event: Mapping[str, Any]) -> None:
         """Apply one event; what concerns no stage of this run changes nothing."""
+        if event["kind"] == "planned":
+            self.rows |= {stage: Row() for stage in event["stages"]}
         row = self.rows.get(event["stage"])
         if row is None:
             return
@@ -126,7 +128,7 @@ def render(board: Board, elapsed: float, width: int, now: float) -> Group:
     """The table and its footer for a terminal of `width` columns."""
     table = Table(box=None, show_header=False, padding=(0, 1), pad_edge=False, expand=False)
     table.add_column(width=1)
-    table.add_column(width=10, no_wrap=True)
+    table.add_column(width=max(map(len, board.rows), default=10), no_wrap=True)
     table.add_column(width=20 if width >= WIDE else 10, no_wrap=True)
     table.add_column(width=4, justify="right", no_wrap=True)
     if width >= WIDE:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from k2.evaluation.harness import MODES
 from k2.monitoring.figures import Interval, dot_plot
+from k2.monitoring.standalone import html_page, html_table, svg_file
 from k2.rl.ablation import ARMS
 
 ENTRIES = ("plateau", "sft", "rejection", "rl")
@@ -23,13 +24,6 @@ PAIRS = [(one, other) for other, one in combinations(ENTRIES, 2)]
 
 PARTS = {"covered": True, "uncovered": False}
 RESAMPLES = 2000
-
-FIGURE_STYLE = """svg{font:11px system-ui,sans-serif;fill:#333;background:#fff}text{stroke:none}.grid{stroke:#ddd}
-.middle{text-anchor:middle}.end{text-anchor:end}.whisker{stroke-width:2}.s0{fill:#666;stroke:#666}
-.s1{fill:#1d4ed8;stroke:#1d4ed8}.s2{fill:#15803d;stroke:#15803d}.s3{fill:#c2410c;stroke:#c2410c}.name{stroke:none}"""
-
-PAGE_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse}td{padding:.2rem .7rem;border-bottom:1px solid #ddd}"""
 
 Result = Mapping[str, Any]
 Units = list[NDArray[np.float64]]
@@ -110,9 +104,7 @@ def figure(table: Mapping[str, Any]) -> Markup:
         for part in PARTS
         for mode in MODES
     ]
-    svg = str(dot_plot("RL against more supervision", groups, x_label="held-out pass rate, 95% interval"))
-    style = f"<style>{FIGURE_STYLE}</style>"
-    return Markup(svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace("><", f">{style}<", 1))
+    return svg_file(dot_plot("RL against more supervision", groups, x_label="held-out pass rate, 95% interval"))
 
 
 def _interval(name: str, score: Mapping[str, float]) -> Interval:
@@ -145,24 +137,8 @@ def cpu_rows(table: Mapping[str, Any]) -> list[list[str]]:
     return [["CPU seconds", *(f"seed {seed}" for seed in table["seeds"])], *body]
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    header, *body = (f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([header, "|---" * len(lines[0]) + "|", *body]) + "\n"
-
-
 def page(table: Mapping[str, Any]) -> str:
     """The figure and both tables as one self-contained HTML page."""
     spread = Markup("<p>CPU time of the arms agrees within {:.1%} (sums over seeds).</p>").format(table["cpu_spread"])
-    head = Markup("<!DOCTYPE html><html lang=en><meta charset=utf-8><title>RL against more supervision</title>")
-    title = Markup("<style>{}</style><h1>RL against more supervision</h1>").format(Markup(PAGE_STYLE))
-    return str(head + title + figure(table) + _html(rows(table)) + spread + _html(cpu_rows(table)) + Markup("</html>"))
-
-
-def _html(lines: Sequence[Sequence[str]]) -> Markup:
-    return Markup("<table>{}</table>").format(
-        Markup("").join(
-            Markup("<tr>{}</tr>").format(Markup("").join(Markup("<td>{}</td>").format(cell) for cell in line))
-            for line in lines
-        )
-    )
+    tables = html_table(rows(table)), spread, html_table(cpu_rows(table))
+    return html_page("RL against more supervision", figure(table), *tables)

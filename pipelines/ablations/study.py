@@ -1,0 +1,75 @@
+"""One DAG for all ablation studies: shared data, a training per arm and seed, one comparison."""
+
+import json
+from collections.abc import Sequence
+from itertools import chain, product
+from typing import Any
+
+from kfp import dsl
+
+from components.arm.component import arm
+from components.compare.component import compare
+from components.corpus.component import corpus
+from components.ingest.component import ingest
+from components.rephrase.component import rephrase
+from components.report.component import report
+from components.study.component import study
+from components.tokenize.component import tokenize
+from k2.config.ablations import StudyConfig, run_label
+from pipelines.placement import place
+
+
+def study_pipeline(definition: StudyConfig) -> Any:
+    """The pipeline of a study. Every training is a task of its own: a cluster runs them side by side."""
+    document = definition.model_dump_json()
+
+    @dsl.pipeline(name=definition.name.replace("_", "-"), description=definition.title)
+    def ablation(preset: str = "tiny", overrides: str = "", run: str = "") -> None:
+        """Compare arms of one pretraining over several seeds.
+
+        Args:
+            preset: What the study's setting starts from: nano, tiny, small, moonlight-16b or k2-1t.
+            overrides: Fields that differ from the study's setting in all arms, as YAML.
+            run: Name of this run in the object store; empty takes the name Kubeflow gave it.
+        """
+        job = dsl.PIPELINE_JOB_NAME_PLACEHOLDER
+        finish = place(report(preset=preset, run=run, job=job), "report")
+        with dsl.ExitHandler(finish, name="study"):
+            shared = study(definition=document, preset=preset, overrides=overrides, run=run, job=job)
+            config = place(shared, "configure").output
+            raw = place(corpus(config=config), "corpus").outputs["artifact"]
+            clean = place(ingest(config=config, corpus=raw), "ingest").outputs["artifact"]
+            diverse = place(rephrase(config=config, documents=clean), "rephrase").outputs["artifact"]
+            tokens = place(tokenize(config=config, documents=diverse, heldout=clean), "tokenize").outputs["artifact"]
+
+            def trained(label: str, fields: dict[str, Any], tune: str = "", candidates: Sequence[Any] = ()) -> Any:
+                task = arm(
+                    config=config,
+                    label=label,
+                    fields=json.dumps(fields, sort_keys=True),
+                    tune=tune,
+                    candidates=list(candidates),
+                    tokens=tokens,
+                )
+                return place(task, "pretrain").set_display_name(label).outputs["Output"]
+
+            sweep, tried = definition.sweep, {}
+            for each in definition.arms if sweep else ():
+                tried[each.name] = [
+                    trained(run_label(each.name, seed, value), each.fields | {sweep.field: value, "seed": seed})
+                    for value, seed in product(sweep.values, sweep.seeds)
+                ]
+            runs = [
+                trained(
+                    run_label(each.name, seed),
+                    each.fields | {"seed": seed},
+                    sweep.field if sweep else "",
+                    tried.get(each.name, ()),
+                )
+                for each, seed in product(definition.arms, definition.seeds)
+            ]
+            runs = [*chain.from_iterable(tried.values()), *runs]
+            last = place(compare(definition=document, config=config, runs=runs), "report")
+            last.set_display_name("Compare the arms")
+
+    return ablation

@@ -1,0 +1,1 @@
+"""Ablation studies: arms of one pretraining, several seeds, one comparison."""

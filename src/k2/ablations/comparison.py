@@ -1,0 +1,151 @@
+"""The trainings of a study as numbers: every arm over its seeds, against the reference arm seed by seed.
+
+A seed decides the weights and the order of the data, so differences are paired by it. Intervals are Student's t over
+the seeds, at 95%: wide for few seeds, as they should be.
+
+Letters in shapes: S rows of a history, G points of a grid.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from math import sqrt
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from scipy.stats import t as student
+
+from k2.ablations.training import LATE, Floats, Training
+from k2.config.ablations import StudyConfig, run_label
+from k2.model.layout import flops_per_token, parameter_counts
+
+MAX_POINTS = 100
+CONFIDENCE = 0.95
+LONG_CONTEXT = 131_072
+"""Tokens of the context at which the paper counts what heads cost in inference."""
+
+Estimate = dict[str, Any]
+Values = Sequence[float | None]
+
+
+def compare(study: StudyConfig, trainings: Mapping[str, Training]) -> dict[str, Any]:
+    """Everything the table and the figures show, JSON-ready; `trainings` by label, those of the sweep included."""
+    runs = {arm.name: [trainings[run_label(arm.name, seed)] for seed in study.seeds] for arm in study.arms}
+    end = min(training.cost_S(study.axis)[-1] for group in runs.values() for training in group)
+    grid_G = _grid(study, runs, end)
+    reference = runs[study.reference]
+    return {
+        "name": study.name,
+        "title": study.title,
+        "question": study.question,
+        "axis": study.axis,
+        "reference": study.reference,
+        "seeds": list(study.seeds),
+        "columns": list(study.columns),
+        "figures": list(study.curves),
+        "grid": grid_G.tolist(),
+        "arms": {name: _arm(study, group, reference, grid_G) for name, group in runs.items()},
+        "sweep": {arm.name: _sweep(study, trainings, arm.name) for arm in study.arms} if study.sweep else {},
+    }
+
+
+def estimate(values: Values) -> Estimate:
+    """Mean and t interval over seeds. None among the values (a loss that was not reached) leaves them open."""
+    known = [float(value) for value in values if value is not None]
+    if len(known) < len(values):
+        return {"mean": None, "low": None, "high": None, "by_seed": list(values)}
+    mean = fmean(known)
+    half = student.ppf((1 + CONFIDENCE) / 2, len(known) - 1) * stdev(known) / sqrt(len(known))
+    return {"mean": mean, "low": mean - float(half), "high": mean + float(half), "by_seed": known}
+
+
+def _arm(study: StudyConfig, group: list[Training], reference: list[Training], grid_G: Floats) -> dict[str, Any]:
+    """Constants of the architecture, estimates, and curves of one arm."""
+    model, context = group[0].config.model, group[0].config.context_length
+    counts = parameter_counts(model)
+    pairs = list(zip(group, reference, strict=True))
+    values: dict[str, Values] = {name: [metric(training) for training in group] for name, metric in METRICS.items()}
+    values["difference"] = [one.heldout_loss - other.heldout_loss for one, other in pairs]
+    values["relative_difference"] = [one.heldout_loss / other.heldout_loss - 1 for one, other in pairs]
+    losses = [_on_grid(study.axis, training, grid_G) for training in group]
+    others = [_on_grid(study.axis, training, grid_G) for training in reference]
+    values["loss_at_equal_cost"] = [loss[-1] for loss in losses]
+    values["difference_at_equal_cost"] = [loss[-1] - other[-1] for loss, other in zip(losses, others, strict=True)]
+    values["cost_ratio"] = [cost_ratio(study.axis, *pair) for pair in pairs]
+    curves = {
+        "loss": losses,
+        "difference": [loss - other for loss, other in zip(losses, others, strict=True)],
+        "max_logit": [_by_cell(study.axis, one, one.logit_S, grid_G, np.max) for one in group],
+        "clipping": [_by_cell(study.axis, one, one.clipped_S, grid_G, np.mean) for one in group],
+    }
+    return {
+        "parameters": counts.total,
+        "active_parameters": counts.active,
+        "flops_per_token": 3 * flops_per_token(model, context),
+        "long_flops_per_token": flops_per_token(model, LONG_CONTEXT),
+        "tuned": getattr(group[0].config, study.sweep.field) if study.sweep else None,
+        "tau": group[0].config.optimizer.tau,
+        "steps": group[0].config.steps,
+        "values": {name: estimate(each) for name, each in values.items()},
+        "curves": {name: _band(each) for name, each in curves.items()},
+    }
+
+
+METRICS: Mapping[str, Callable[[Training], float]] = {
+    "heldout_loss": lambda one: one.heldout_loss,
+    "max_logit": lambda one: float(one.logit_S.max()),
+    "final_logit": lambda one: float(one.logit_S[-max(1, round(LATE * len(one.logit_S))) :].max()),
+    "clipped_heads": lambda one: float((one.counts_NH > 0).mean()),
+    "clipping_peak": lambda one: float(one.clipping_by_quarter().max()),
+    "clipping_late": lambda one: float(one.clipping_by_quarter()[-1]),
+}
+
+
+def cost_ratio(axis: str, one: Training, reference: Training) -> float | None:
+    """Cost at which `one` first reaches the reference's last loss, as a share of the reference's; None if never."""
+    target, cost_S = reference.loss_S[-1], one.cost_S(axis)
+    reached = np.flatnonzero(one.loss_S <= target)
+    if not len(reached):
+        return None
+    first = int(reached[0])
+    at = cost_S[first]
+    if first:
+        above, below = one.loss_S[first - 1], one.loss_S[first]
+        at = cost_S[first - 1] + (above - target) / (above - below) * (cost_S[first] - cost_S[first - 1])
+    return float(at / reference.cost_S(axis)[-1])
+
+
+def _grid(study: StudyConfig, runs: Mapping[str, list[Training]], end: float) -> Floats:
+    """Points of the axis up to the end that all trainings reach; every cell between them holds a step of each."""
+    rows = min(int((one.cost_S(study.axis) <= end).sum()) for group in runs.values() for one in group)
+    points = min(MAX_POINTS, rows)
+    return np.linspace(0.0, end, points + 1)[1:]
+
+
+def _on_grid(axis: str, training: Training, grid_G: Floats) -> Floats:
+    return np.interp(grid_G, training.cost_S(axis), training.loss_S)
+
+
+def _by_cell(
+    axis: str, training: Training, values_S: Floats, grid_G: Floats, reduce: Callable[[Floats], float]
+) -> Floats:
+    """The values between neighbouring points of the grid as one, so that no peak is lost."""
+    # Rounding must not push the step at the very end of a cell into the next one.
+    cells_S = np.searchsorted(grid_G * (1 + 1e-9), training.cost_S(axis))
+    return np.array([reduce(values_S[cells_S == cell]) for cell in range(len(grid_G))])
+
+
+def _band(curves: Sequence[Floats]) -> dict[str, list[float]]:
+    """Mean over the seeds, and the lowest and highest of them."""
+    stacked = np.stack(curves)
+    parts = {"mean": stacked.mean(axis=0), "low": stacked.min(axis=0), "high": stacked.max(axis=0)}
+    return {name: [float(f"{value:.6g}") for value in values] for name, values in parts.items()}
+
+
+def _sweep(study: StudyConfig, trainings: Mapping[str, Training], arm: str) -> dict[str, list[float]]:
+    """Value -> held-out loss of each seed of the sweep."""
+    sweep = study.sweep
+    assert sweep is not None
+    return {
+        f"{value:g}": [trainings[run_label(arm, seed, value)].heldout_loss for seed in sweep.seeds]
+        for value in sweep.values
+    }
