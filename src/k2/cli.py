@@ -5,7 +5,7 @@ import sys
 import click
 
 from k2 import __version__
-from k2.commands import config, doctor, inspect, interop, model, pipeline, run, stages
+from k2.commands import config, doctor, inspect, interop, model, optim, pipeline, run, schedule, stages
 from k2.errors import StageError, UserError
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     """
 
 
-for group in (run, stages, config, pipeline, inspect, model, interop, doctor):
+for group in (run, stages, config, pipeline, schedule, inspect, optim, model, interop, doctor):
     for command in group.COMMANDS:
         main.add_command(command)
 

@@ -39,6 +39,7 @@ class Kubeflow:
     tokens: set[str] = field(default_factory=set)
     failures: list[int] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    admit: int | None = None
     tables: dict[str, dict[str, Json]] = field(
         default_factory=lambda: {name: {} for name in ("pipelines", "versions", "experiments", "runs", "recurringruns")}
     )
@@ -125,6 +126,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _admit(self) -> None:
         if self.kubeflow.failures:
             raise Refused(self.kubeflow.failures.pop(0), "out of\norder")
+        if self.kubeflow.admit is not None:
+            self.kubeflow.admit -= 1
+            if self.kubeflow.admit < 0:
+                raise Refused(500, "gone")
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if self.kubeflow.tokens and token not in self.kubeflow.tokens:
             raise Refused(401, "unauthenticated")
