@@ -77,10 +77,28 @@ DASHBOARDS = {
                 "Frequent early, rare later (the paper's figure 2); rising again means that logits grow.",
             ),
             Panel(
-                "Updates skipped, per second",
+                "Loss spikes and updates skipped, per second",
                 "none",
-                {"{{run}} {{stage}}": rate("k2_skipped_updates_total")},
+                {
+                    "{{run}} {{stage}} skipped": rate("k2_skipped_updates_total"),
+                    "{{run}} {{stage}} spikes": rate("k2_loss_spikes_total"),
+                },
                 "Gradients that were not finite, or a loss spike. Many in a row end the stage.",
+            ),
+            Panel(
+                "Smallest factor of QK-Clip",
+                "none",
+                {"layer {{layer}}": f"k2_qk_clip_gamma_ratio{{{RUN}}}"},
+                "1 where no head is above tau; far below 1, logits outrun the clipping.",
+            ),
+            Panel(
+                "Gradient norm and update RMS",
+                "none",
+                {
+                    "{{run}} {{stage}} gradient": f"k2_gradient_norm{{{RUN}}}",
+                    "{{run}} {{stage}} update": f"k2_update_rms{{{RUN}}}",
+                },
+                "The update's RMS stays near 0.2 while gradients are of full rank.",
             ),
             Panel("Learning rate", "none", {"{{run}} {{stage}}": f"k2_learning_rate{{{RUN}}}"}, "The schedule as run."),
             Panel(

@@ -43,9 +43,17 @@ def _pretrain() -> dict[str, Any]:
             "loss": [3.1 + 4 * math.exp(-s / 50) + 0.1 * _wave(s) for s in steps],
             "lr": [2e-3 * min(1, s / 20, (STEPS - s) / 60) for s in steps],
             "max_logits": [[min(v, 100.0) for v in row] for row in logits],
+            "grad_norm": [0.4 + 0.1 * _wave(s) for s in steps],
+            "update_rms": [0.19 + 0.01 * _wave(s) for s in steps],
             "expert_load": [[1 + 2.5 * math.exp(-s / 60) + 0.2 * abs(_wave(s, n)) for n in (1, 2, 3)] for s in steps],
         },
         "tau": 100.0,
+        "head_logits": [[20.0 + 9 * n + 5 * h for h in range(4)] for n in range(4)],
+        "clip_counts": [[0, 0, n, 2 * n] for n in range(4)],
+        "spectral_norms": [
+            {"step": s, "norms": {"q_b_proj": [[s / 100, 1.0]] * 4, "kv_b_proj": [[0.5, s / 200]] * 4}}
+            for s in (100, 200, 300)
+        ],
         "heldout": [
             {"name": "warm-up", "step": 20, "context": 256, "loss": 5.9123},
             {"name": "stable", "step": 240, "context": 256, "loss": 3.4},

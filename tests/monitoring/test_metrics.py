@@ -14,7 +14,19 @@ from k2.errors import UserError
 from k2.monitoring.events import StageProgress
 from k2.monitoring.metrics import REGISTRY, StageMetrics, serve_from_environment
 
-BASE_UNITS = ("seconds", "ratio", "total", "loss", "learning_rate", "reward", "per_second", "max", "clip")
+BASE_UNITS = (
+    "seconds",
+    "ratio",
+    "total",
+    "loss",
+    "learning_rate",
+    "reward",
+    "per_second",
+    "max",
+    "clip",
+    "norm",
+    "rms",
+)
 
 
 def value(name: str, **labels: str) -> float | None:
@@ -47,7 +59,9 @@ def test_progress_becomes_metrics_that_parse() -> None:
     progress = StageProgress("pretrain", Nowhere(), run="r1", interval=0.0)
     progress.update(1, 4, "steps", loss=9.0, lr=1e-3, tokens=512, max_logits=[3.0, 8.5], expert_load=[1.5])
     progress.update(2, 4, "steps", loss=8.0, lr=2e-3, tokens=1024, max_logits=[4.0, 7.5], expert_load=[1.25])
+    progress.update(2, 4, "steps", grad_norm=0.5, update_rms=0.19, gammas=[1.0, 0.99])
     progress.event("qk_clip", step=2, heads=3, max_logit=101.0)
+    progress.event("loss_spike", step=3, reason="up")
     labels = {"stage": "pretrain", "run": "r1"}
     assert value("k2_stage_progress_ratio", **labels) == 0.5
     assert value("k2_loss", **labels) == 8.0
@@ -55,6 +69,10 @@ def test_progress_becomes_metrics_that_parse() -> None:
     assert value("k2_attention_logit_max", **labels, layer="1") == 7.5
     assert value("k2_expert_load_imbalance_ratio", **labels, layer="0") == 1.25
     assert value("k2_qk_clip_total", **labels) == 3
+    assert value("k2_loss_spikes_total", **labels) == 1
+    assert value("k2_gradient_norm", **labels) == 0.5
+    assert value("k2_update_rms", **labels) == 0.19
+    assert value("k2_qk_clip_gamma_ratio", **labels, layer="1") == 0.99
     families = {family.name for family in text_string_to_metric_families(generate_latest(REGISTRY).decode())}
     assert {"k2_loss", "k2_tokens", "k2_tokens_per_second", "k2_stage_duration_seconds"} <= families
 

@@ -67,6 +67,8 @@ def test_a_whole_run_shows_everything(store: Store, example_run: Example) -> Non
     charts = {attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"}
     assert {"Training loss", "Learning rate", "Largest attention logit per layer", "Held-out accuracy"} <= charts
     assert {"Load of the busiest expert", "Mean reward", "Scores before and after"} <= charts
+    assert {"Largest logit of each head", "Times each head was clipped", "Gradient norm"} <= charts
+    assert "Largest spectral norm of a head's query and key rows" in charts
 
 
 def test_the_page_is_self_contained_small_and_in_sections(store: Store, example_run: Example) -> None:

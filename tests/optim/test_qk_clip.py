@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from k2.config.model import ModelConfig
-from k2.model.layout import HeadRows, logical_tensors
+from k2.model.layout import HeadRows, LogicalTensor, logical_tensors
 from k2.model.mla import attention_context
 from k2.model.transformer import Transformer
-from k2.optim.qk_clip import QKClip, clip_factors, row_factors
+from k2.optim.qk_clip import QKClip, clip_factors, plain_rows, row_factors, spectral_norms
 from tests.optim.tiny import TINY
 
 VARIANTS = [TINY, TINY.model_copy(update={"q_lora_rank": None})]
@@ -97,3 +97,59 @@ def test_maxima_run_over_micro_batches_and_are_forgotten() -> None:
 def test_row_factors_follow_the_component_rules() -> None:
     gamma = torch.tensor([0.25, 1.0])
     assert row_factors(HeadRows(2, 4, 2, 1), gamma).tolist() == [0.5, 0.5, 0.25, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_plain_attention_scales_each_head_by_its_gamma_and_no_other(key_heads: int) -> None:
+    heads, dim, width = 4, 6, 10
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "q": torch.randn(heads * dim, width, generator=generator, dtype=torch.float64),
+        "k": torch.randn(key_heads * dim, width, generator=generator, dtype=torch.float64),
+    }
+    x_LD = torch.randn(5, width, generator=generator, dtype=torch.float64)
+
+    def logits() -> Tensor:
+        q, k = ((x_LD @ weights[name].T).unflatten(-1, (-1, dim)) for name in ("q", "k"))
+        return torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(heads // key_heads, dim=1))
+
+    layout = [
+        LogicalTensor(name, name, None, None, tuple(weights[name].shape), "muon", 7, name, rows)
+        for name, rows in zip(("q", "k"), plain_rows(heads, key_heads, dim), strict=True)
+    ]
+    before = logits()
+    clip = QKClip(layout, tau=10.0)
+    clip.observe(torch.tensor([[5.0, 40.0, -3.0, 12.5]]))
+    clip.apply(weights)
+    gammas = torch.tensor([1.0, 0.25, 1.0, 0.8], dtype=torch.float64)
+    torch.testing.assert_close(logits(), before * gammas[:, None, None], rtol=1e-6, atol=1e-9)
+
+
+def test_layers_without_attention_do_not_shift_the_others() -> None:
+    layout = [t for t in logical_tensors(TINY) if not (t.layer == 0 and t.head_rows)]
+    _, weights = make(TINY)
+    before = {name: weight.clone() for name, weight in weights.items()}
+    clip = QKClip(layout, tau=10.0)
+    clip.observe(torch.tensor([[20.0, 5.0]]))
+    clip.apply(weights)
+    changed = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
+    assert changed == {"layers.1.self_attn.q_b_proj.weight", "layers.1.self_attn.kv_b_proj.weight"}
+
+
+def test_peaks_and_smallest_gammas_are_kept_and_nan_is_not_one() -> None:
+    clip = QKClip(logical_tensors(TINY), tau=10.0)
+    _, weights = make(TINY)
+    for maxima in ([[1.0, 20.0], [-4.0, torch.nan]], [[3.0, 12.5], [-5.0, 7.0]]):
+        clip.observe(torch.tensor(maxima))
+        clip.apply(weights)
+    assert clip.peaks.tolist() == [[3.0, 20.0], [-4.0, 7.0]]
+    assert clip.gammas.tolist() == [[1.0, 0.5], [1.0, 1.0]]
+    assert clip.counts.tolist() == [[0, 2], [0, 0]]
+
+
+def test_spectral_norms_are_those_of_the_rows_that_make_logits() -> None:
+    _, weights = make(TINY)
+    norms = spectral_norms(logical_tensors(TINY), weights)
+    query, keys = weights["layers.1.self_attn.q_b_proj.weight"], weights["layers.1.self_attn.kv_b_proj.weight"]
+    assert norms["q_b_proj"][1][1] == pytest.approx(torch.linalg.svdvals(query[6:])[0].item(), rel=1e-5)
+    assert norms["kv_b_proj"][1][0] == pytest.approx(torch.linalg.svdvals(keys[:4])[0].item(), rel=1e-5)

@@ -16,7 +16,8 @@ from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
 from k2.training.batches import TokenBatch, micro_batches, next_token_loss
 from k2.training.history import History
-from k2.training.loop import Loss, balance_experts, train_step
+from k2.training.instruments import expert_shares, head_statistics
+from k2.training.loop import Loss, balance_experts, train, train_step
 from k2.training.state import TrainState
 from tests.training.small import MODEL
 
@@ -109,6 +110,73 @@ def test_a_loss_spike_is_skipped() -> None:
     assert report.skipped is not None
     assert "running mean" in report.skipped
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(found).items())
+
+
+def test_a_loss_spike_stops_the_stage_or_is_only_reported() -> None:
+    stopping = state(spike_margin=0.5, spike_policy="stop")
+    stopping.mean_loss = 1.0
+    before = weights(stopping)
+    with pytest.raises(StageError, match="spike_policy is stop"):
+        step(stopping, 8)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(stopping).items())
+    reporting = state(spike_margin=0.5, spike_policy="off")
+    reporting.mean_loss = 1.0
+    report = step(reporting, 8)
+    assert report.skipped is None
+    assert report.spike is not None
+    assert (report.row()["spike"], report.row()["skipped"]) == (1, 0)
+    assert not torch.equal(weights(reporting)["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_the_report_names_the_smallest_gamma_of_each_layer() -> None:
+    found = state(tau=0.05)
+    report = step(found, 4)
+    assert report.gammas == pytest.approx([min(1.0, 0.05 / logit) for logit in report.max_logits])
+    heads = head_statistics(found)
+    assert [max(row) for row in heads["head_logits"]] == pytest.approx(report.max_logits)
+    assert [min(row) for row in heads["head_gammas"]] == pytest.approx(report.gammas)
+    assert sum(map(sum, heads["clip_counts"])) == report.clipped_heads
+
+
+def test_expert_shares() -> None:
+    assert expert_shares(torch.tensor([[10, 20, 30, 0], [5, 5, 5, 5]])) == ([2.0, 1.0], [0.0, 1.0])
+    assert expert_shares(None) == ([], [])
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.values: dict[str, Any] = {}
+
+    def update(self, done: float, total: float, unit: str, **values: Any) -> None:
+        self.values = values
+
+    def event(self, kind: str, **values: Any) -> None:
+        self.events.append((kind, values))
+
+
+class Endless:
+    def next_step(self) -> Any:
+        return micro_batches(*rows(), 4)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def test_instruments_reach_the_progress_and_the_notes() -> None:
+    found, listener = state(tau=0.05, spike_margin=1e-6, spike_policy="off", spectral_interval=2), Listener()
+    found.mean_loss = 0.0
+    train(found, Endless(), next_token_loss(), lambda tokens: LR, until=4, progress=listener)
+    kinds = [kind for kind, _ in listener.events]
+    assert kinds.count("spectral_norms") == 2
+    assert kinds.count("loss_spike") >= 1
+    assert kinds.count("qk_clip") == 4
+    assert {"grad_norm", "update_rms", "gammas", "max_logits", "expert_floor", "tau"} <= set(listener.values)
+    assert [note["step"] for note in found.notes["spectral_norms"]] == [2, 4]
+    assert len(found.notes["spectral_norms"][0]["norms"]["q_b_proj"]) == 2
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:

@@ -35,6 +35,9 @@ LEARNING_RATE = _gauge("learning_rate", "Learning rate of the last step.")
 TOKENS_PER_SECOND = _gauge("tokens_per_second", "Tokens trained on per second, over the last half minute.")
 ATTENTION_LOGIT = _gauge("attention_logit_max", "Largest logit that reached a softmax in the last step.", _LAYER)
 ATTENTION_LOGIT_ALLOWED = _gauge("attention_logit_allowed_max", "QK-Clip's tau: heads with larger logits are rescaled.")
+QK_CLIP_GAMMA = _gauge("qk_clip_gamma_ratio", "Smallest factor of QK-Clip in the last step; 1 clips nothing.", _LAYER)
+GRADIENT_NORM = _gauge("gradient_norm", "Global 2-norm of the last step's gradient, before clipping.")
+UPDATE_RMS = _gauge("update_rms", "Root mean square of Muon's last update, before the learning rate.")
 EXPERT_FLOOR = _gauge("expert_load_floor_ratio", "Idlest expert's load over the mean; 0 is a dead expert.", _LAYER)
 EXPERT_IMBALANCE = _gauge("expert_load_imbalance_ratio", "Busiest expert's load over the mean; 1 is balance.", _LAYER)
 REWARD = _gauge("reward", "Mean reward of the last RL step.")
@@ -46,6 +49,7 @@ CHECKPOINT_TIME = _gauge("checkpoint_timestamp_seconds", "Unix time of the last 
 TOKENS = _counter("tokens", "Tokens trained on.")
 QK_CLIP = _counter("qk_clip", "Times a head was rescaled by QK-Clip.")
 SKIPPED_UPDATES = _counter("skipped_updates", "Optimizer steps left out: gradient not finite, or a loss spike.")
+LOSS_SPIKES = _counter("loss_spikes", "Steps whose loss was far above its running mean.")
 REPHRASE_ACCEPTED = _counter("rephrase_accepted", "Rewritten chunks that passed the fidelity checks.")
 REPHRASE_REJECTED = _counter("rephrase_rejected", "Rewritten chunks that failed a fidelity check.")
 TRAJECTORIES_ACCEPTED = _counter("trajectories_accepted", "Trajectories the judge accepted.")
@@ -55,6 +59,8 @@ CACHE_HITS = _counter("cache_hits", "Stages whose artifact existed already.")
 _VALUE_GAUGES = {
     "loss": LOSS,
     "lr": LEARNING_RATE,
+    "grad_norm": GRADIENT_NORM,
+    "update_rms": UPDATE_RMS,
     "reward": REWARD,
     "accuracy": ACCURACY,
     "critic_agreement": CRITIC_AGREEMENT,
@@ -64,6 +70,7 @@ _VALUE_GAUGES = {
 _VALUE_LAYERS = {
     "max_logit": ATTENTION_LOGIT,
     "max_logits": ATTENTION_LOGIT,
+    "gammas": QK_CLIP_GAMMA,
     "expert_load": EXPERT_IMBALANCE,
     "expert_floor": EXPERT_FLOOR,
 }
@@ -100,11 +107,13 @@ class StageMetrics:
             self._value(name, value)
 
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Take in one event: clipped heads, a skipped update, a checkpoint, the end of a stage that was cached."""
+        """Take in one event: clipped heads, a spike, a skipped update, a checkpoint, the end of a cached stage."""
         if kind == "qk_clip":
             QK_CLIP.labels(self._stage, self._run).inc(values["heads"])
         elif kind == "skipped_update":
             SKIPPED_UPDATES.labels(self._stage, self._run).inc()
+        elif kind == "loss_spike":
+            LOSS_SPIKES.labels(self._stage, self._run).inc()
         elif kind == "checkpoint":
             CHECKPOINT_TIME.labels(self._stage, self._run).set_to_current_time()
         elif kind == "stage_finished" and values.get("cached"):

@@ -33,6 +33,10 @@ def pretrain_section(views: Views) -> list[Block]:
         _heldout(view),
         _curve(view, "lr", "Learning rate", "learning rate", zero=True),
         _logits(view),
+        *_heads(view),
+        *_spectrum(view),
+        _curve(view, "grad_norm", "Gradient norm", "2-norm", zero=True),
+        _curve(view, "update_rms", "Update RMS before the learning rate", "RMS", zero=True),
         _experts(view),
         metric_facts(view, "Pretraining in numbers."),
     ]
@@ -84,6 +88,37 @@ def _logits(view: StageView) -> Block:
     clipped = view.metric("clipped_heads")
     text = "" if clipped is None else f" QK-Clip rescaled {number(clipped)} heads."
     return Figure(chart, f"{title}; QK-Clip keeps it near τ.{text}")
+
+
+def _heads(view: StageView) -> list[Block]:
+    """What QK-Clip saw of every head: a row per layer, a column per head."""
+    logits, counts = view.get("head_logits"), view.get("clip_counts")
+    if not logits or not counts:
+        return [view.missing("heads")]
+    heads = list(range(len(counts[0])))
+    charts = (
+        ("Largest logit of each head", [[value or 0.0 for value in row] for row in logits]),
+        ("Times each head was clipped", [[float(value) for value in row] for row in counts]),
+    )
+    named = [(title, [(f"layer {i}", row) for i, row in enumerate(rows)]) for title, rows in charts]
+    return [
+        Figure(heatmap(title, heads, rows, x_label="head", low=0.0), f"{title}, over the whole run.")
+        for title, rows in named
+    ]
+
+
+def _spectrum(view: StageView) -> list[Block]:
+    """Largest spectral norm over all heads of each projection, where it was measured."""
+    notes = view.get("spectral_norms")
+    if not notes:
+        return []
+    series = [
+        Series(name, [max(max(heads) for heads in note["norms"][name]) for note in notes])
+        for name in sorted(notes[0]["norms"])
+    ]
+    title = "Largest spectral norm of a head's query and key rows"
+    steps = [note["step"] for note in notes]
+    return [Figure(line_chart(title, steps, series, x_label="step", y_label="norm", zero=True), f"{title}.")]
 
 
 def _experts(view: StageView) -> Block:

@@ -60,7 +60,7 @@ class MuonClip(torch.optim.Optimizer):
         self._tensors = self._initial_state()
         self._steps = 0
         self.qk_clip = QKClip(layout, config.tau)
-        self.clip_report = ClipReport(self.qk_clip.maxima, torch.ones_like(self.qk_clip.maxima))
+        self.clip_report = ClipReport.nothing(self.qk_clip.maxima)
         self.update_rms = 0.0
 
     def _initial_state(self) -> dict[str, Tensor]:

@@ -29,6 +29,11 @@ class ClipReport:
     maxima: Tensor
     gammas: Tensor
 
+    @classmethod
+    def nothing(cls, maxima: Tensor) -> "ClipReport":
+        """Of a step that clipped no head."""
+        return cls(maxima, torch.ones_like(maxima))
+
     @property
     def clipped(self) -> int:
         """Number of heads that were clipped."""

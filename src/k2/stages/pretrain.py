@@ -14,6 +14,7 @@ from k2.execution.contract import Progress, StageResult
 from k2.model import hf
 from k2.store.artifacts import Artifact, ArtifactWriter
 from k2.training.checkpoint import Checkpoints
+from k2.training.instruments import head_statistics
 from k2.training.pretraining import pretrain, schedule_of
 from k2.training.state import TrainState
 
@@ -70,6 +71,6 @@ def _report(config: PretrainConfig, state: TrainState) -> dict[str, Any]:
         "curves": state.history.curves(),
         "phases": phases,
         "tau": config.optimizer.tau,
-        "clip_counts": state.optimizer.qk_clip.counts.tolist(),
+        "spectral_norms": state.notes.get("spectral_norms", []),
         "heldout": state.notes["heldout"],
-    }
+    } | head_statistics(state)

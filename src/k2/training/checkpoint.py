@@ -35,10 +35,12 @@ class Checkpoints:
     def __init__(self, work: WorkArea, interval: int) -> None:
         self._work, self._interval = work, interval
 
-    def step(self, state: TrainState, source: Source[Any]) -> None:
-        """Save if the interval says so."""
-        if state.step % self._interval == 0:
+    def step(self, state: TrainState, source: Source[Any]) -> bool:
+        """Save if the interval says so; returns whether it did."""
+        due = state.step % self._interval == 0
+        if due:
             self.save(state, source)
+        return due
 
     def save(self, state: TrainState, source: Source[Any]) -> None:
         """Commit one checkpoint and forget all but the last two."""

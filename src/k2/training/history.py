@@ -12,6 +12,9 @@ REDUCTIONS = {
     "lr": "last",
     "max_logits": "max",
     "clipped_heads": "sum",
+    "gammas": "min",
+    "expert_floor": "min",
+    "spike": "sum",
     "skipped": "sum",
 }
 """How the rows of one interval become one; whatever is not named is averaged."""

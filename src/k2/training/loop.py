@@ -3,13 +3,12 @@
 A stage builds a `TrainState`, a `Source` of micro-batches and a `LossFn`, and calls `train`; for RL the source makes
 rollouts with the live policy. Nothing here knows the time, so a resumed run makes the same bytes.
 
-Letters in shapes: N layers, M layers with experts, H heads, E experts.
+Letters in shapes: M layers with experts, E experts.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol
+from typing import Generic, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,9 @@ from k2.model.moe import MixtureOfExperts, bias_step
 from k2.model.transformer import Statistics, Transformer
 from k2.optim.muonclip import MuonClip
 from k2.optim.norms import stable_norm
+from k2.optim.qk_clip import ClipReport
 from k2.training.checkpoint import Checkpoints
+from k2.training.instruments import StepReport, expert_shares, measure_spectrum, reason_to_skip, show, spike_in
 from k2.training.state import BatchT, BatchT_contra, Source, TrainState
 
 LOSS_MEMORY = 0.9
@@ -71,33 +72,6 @@ class SingleProcess:
         """One rank's maximum is the maximum."""
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """What one step saw and did; `row` is its line in the history.
-
-    max_logits: largest attention logit of each layer, N numbers.
-    expert_load: busiest expert's share relative to an equal one, for each of M layers; 1 is perfect balance.
-    skipped: why the update was not made, or None.
-    """
-
-    step: int
-    tokens: int
-    loss: float
-    lr: float
-    grad_norm: float
-    update_rms: float
-    max_logits: list[float]
-    clipped_heads: int
-    expert_load: list[float]
-    skipped: str | None
-    metrics: dict[str, float]
-
-    def row(self) -> dict[str, Any]:
-        """The values as JSON, without the reason of a skip."""
-        scalars = {k: v for k, v in vars(self).items() if k not in ("skipped", "metrics")}
-        return scalars | {"skipped": int(self.skipped is not None)} | self.metrics
-
-
 @dataclass
 class _Sums(Generic[BatchT]):
     """What accumulates over the micro-batches of a step; `metrics` are sums over `weight` items."""
@@ -131,7 +105,8 @@ def train_step(
     Args:
         lr: learning rate as a function of the tokens seen after this step.
     Raises:
-        StageError: too many updates in a row had to be skipped (non-finite gradient, or a loss spike).
+        StageError: too many updates in a row had to be skipped (non-finite gradient, or a loss spike), or the loss is
+            a spike and the policy is to stop.
     """
     plan, optimizer = plan or SingleProcess(), state.optimizer
     state.model.train()
@@ -141,13 +116,16 @@ def train_step(
     loss, grad_norm = sums.loss / sums.weight, _normalize_gradients(optimizer, sums.weight)
     rate = lr(state.tokens + sums.tokens)
     maxima = optimizer.qk_clip.maxima.amax(1).tolist()
-    skipped = _reason_to_skip(state, loss, grad_norm)
+    spike = spike_in(state, loss)
+    skipped = reason_to_skip(optimizer.config, loss, grad_norm, spike)
     if skipped is None:
         _update(state, sums, loss, rate)
+    clip = ClipReport.nothing(optimizer.qk_clip.maxima) if skipped else optimizer.clip_report
     state.step, state.tokens = state.step + 1, state.tokens + sums.tokens
     state.skipped = state.skipped + 1 if skipped else 0
     if state.skipped > optimizer.config.max_skipped_steps:
         raise StageError(f"step {state.step}: {state.skipped} updates in a row were skipped, the last: {skipped}")
+    load, floor = expert_shares(sums.expert_counts_ME)
     return StepReport(
         step=state.step,
         tokens=state.tokens,
@@ -156,8 +134,11 @@ def train_step(
         grad_norm=grad_norm,
         update_rms=0.0 if skipped else optimizer.update_rms,
         max_logits=maxima,
-        clipped_heads=0 if skipped else optimizer.clip_report.clipped,
-        expert_load=_load(sums.expert_counts_ME),
+        clipped_heads=clip.clipped,
+        gammas=clip.gammas.amin(1).tolist(),
+        expert_load=load,
+        expert_floor=floor,
+        spike=spike,
         skipped=skipped,
         metrics={name: value / sums.weight for name, value in sums.metrics.items()},
     )
@@ -196,15 +177,6 @@ def _normalize_gradients(optimizer: MuonClip, weight: float) -> float:
     return norm
 
 
-def _reason_to_skip(state: TrainState, loss: float, grad_norm: float) -> str | None:
-    margin = state.optimizer.config.spike_margin
-    if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        return f"loss {loss}, gradient norm {grad_norm}"
-    if margin is not None and state.mean_loss is not None and loss > state.mean_loss + margin:
-        return f"loss {loss:.4f} is more than {margin} above its running mean {state.mean_loss:.4f}"
-    return None
-
-
 def _update(state: TrainState, sums: _Sums[BatchT], loss: float, lr: float) -> None:
     state.optimizer.set_lr(lr)
     state.optimizer.step()
@@ -220,14 +192,6 @@ def balance_experts(model: nn.Module, counts_ME: Tensor, speed: float) -> None:
     mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
     for mixture, counts_E in zip(mixtures, counts_ME, strict=True):
         mixture.gate.e_score_correction_bias += speed * bias_step(counts_E)
-
-
-def _load(counts_ME: Tensor | None) -> list[float]:
-    if counts_ME is None or not len(counts_ME):
-        return []
-    counts = counts_ME.double()
-    loads: list[float] = (counts.amax(1) / counts.mean(1)).tolist()
-    return loads
 
 
 def train(
@@ -254,24 +218,7 @@ def train(
     while state.step < until:
         report = train_step(state, source.next_step(), loss_fn, lr, plan)
         state.history.add(report.row())
-        _show(report, total or until, progress)
-        if checkpoints is not None:
-            checkpoints.step(state, source)
-
-
-def _show(report: StepReport, total: int, progress: Progress) -> None:
-    progress.update(
-        report.step,
-        total,
-        "steps",
-        loss=report.loss,
-        lr=report.lr,
-        tokens=report.tokens,
-        max_logit=max(report.max_logits),
-        max_logits=report.max_logits,
-        expert_load=report.expert_load,
-    )
-    if report.skipped:
-        progress.event("skipped_update", step=report.step, reason=report.skipped)
-    if report.clipped_heads:
-        progress.event("qk_clip", step=report.step, heads=report.clipped_heads, max_logit=max(report.max_logits))
+        show(state, report, total or until, progress)
+        measure_spectrum(state, progress)
+        if checkpoints is not None and checkpoints.step(state, source):
+            progress.event("checkpoint", step=state.step)
