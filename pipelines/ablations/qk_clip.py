@@ -46,7 +46,7 @@ STUDY = StudyConfig(
         "heldout_loss",
         "difference",
         "max_logit",
-        "final_logit",
+        "median_logit",
         "clipped_heads",
         "clipping_peak",
         "clipping_late",

@@ -57,7 +57,7 @@ def study_pipeline(definition: StudyConfig) -> Any:
             for each in definition.arms if sweep else ():
                 tried[each.name] = [
                     trained(run_label(each.name, seed, value), each.fields | {sweep.field: value, "seed": seed})
-                    for value, seed in product(sweep.values, sweep.seeds)
+                    for value, seed in product(sweep.values[each.name], sweep.seeds)
                 ]
             runs = [
                 trained(

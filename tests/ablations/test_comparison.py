@@ -90,7 +90,8 @@ def test_no_peak_is_lost_and_clipping_is_counted_where_it_happened() -> None:
     one = training_of(NANO, report([5.0] * 400, logits, clipped), 5.0)
     result = compare(study(), {f"{arm}.{seed}": one for arm in ("slow", "fast") for seed in (1, 2, 3)})["arms"]["slow"]
     assert max(result["curves"]["max_logit"]["mean"]) == 500.0
-    assert result["values"]["final_logit"]["mean"] == 500.0
+    assert result["values"]["max_logit"]["mean"] == 500.0
+    assert result["values"]["median_logit"]["mean"] == 1.0
     assert result["values"]["clipped_heads"]["mean"] == 0.25
     assert result["values"]["clipping_late"]["mean"] == 0.5
     assert result["curves"]["clipping"]["mean"][:3] == [0.0, 0.0, 0.0]
@@ -116,7 +117,7 @@ def test_a_loss_that_was_not_reached_is_said_so() -> None:
 
 
 def test_the_sweep_is_shown_and_takes_no_part() -> None:
-    sweep = SweepConfig(values=(0.01, 0.1), seeds=(9,))
+    sweep = SweepConfig(values={"slow": (0.01, 0.1), "fast": (0.01, 0.1)}, seeds=(9,))
     found = trainings() | {f"{arm}.{value}.9": training(0.02) for arm in ("slow", "fast") for value in ("0.01", "0.1")}
     result = compare(study(sweep=sweep, columns=("tuned", "heldout_loss")), found)
     assert sweep_rows(result)[1] == ["slow", "5.200", "5.200"]
@@ -141,7 +142,8 @@ def test_the_files_show_every_number_and_survive_json() -> None:
     [
         ({"reference": "other"}, "reference"),
         ({"arms": (ArmConfig(name="slow"), ArmConfig(name="slow"))}, "names of their own"),
-        ({"sweep": SweepConfig(values=(1.0, 2.0), seeds=(1,))}, "sweep.seeds"),
+        ({"sweep": SweepConfig(values={"slow": (1.0,), "fast": (2.0,)}, seeds=(1,))}, "sweep.seeds"),
+        ({"sweep": SweepConfig(values={"slow": (1.0,)}, seeds=(9,))}, "sweep.values"),
     ],
 )
 def test_a_study_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:

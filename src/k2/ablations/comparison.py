@@ -93,7 +93,7 @@ def _arm(study: StudyConfig, group: list[Training], reference: list[Training], g
 METRICS: Mapping[str, Callable[[Training], float]] = {
     "heldout_loss": lambda one: one.heldout_loss,
     "max_logit": lambda one: float(one.logit_S.max()),
-    "final_logit": lambda one: float(one.logit_S[-max(1, round(LATE * len(one.logit_S))) :].max()),
+    "median_logit": lambda one: float(np.median(one.logit_S[-max(1, round(LATE * len(one.logit_S))) :])),
     "clipped_heads": lambda one: float((one.counts_NH > 0).mean()),
     "clipping_peak": lambda one: float(one.clipping_by_quarter().max()),
     "clipping_late": lambda one: float(one.clipping_by_quarter()[-1]),
@@ -147,5 +147,5 @@ def _sweep(study: StudyConfig, trainings: Mapping[str, Training], arm: str) -> d
     assert sweep is not None
     return {
         f"{value:g}": [trainings[run_label(arm, seed, value)].heldout_loss for seed in sweep.seeds]
-        for value in sweep.values
+        for value in sweep.values[arm]
     }

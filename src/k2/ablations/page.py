@@ -48,7 +48,7 @@ COLUMNS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "difference_at_equal_cost": ("that − {reference}", _fixed(3)),
     "cost_ratio": ("{axis} to the last loss of {reference}", _percent),
     "max_logit": ("largest logit", _fixed(0)),
-    "final_logit": ("largest logit, last quarter", _fixed(0)),
+    "median_logit": ("median over the last quarter's steps", _fixed(0)),
     "clipped_heads": ("heads ever clipped", _percent),
     "clipping_peak": ("heads clipped per step, busiest quarter", _percent),
     "clipping_late": ("heads clipped per step, last quarter", _percent),
@@ -67,9 +67,9 @@ def sweep_rows(study: Study) -> list[list[str]]:
     """Header and one row per arm of the sweep's held-out losses; empty without a sweep."""
     if not study["sweep"]:
         return []
-    values = next(iter(study["sweep"].values()))
+    values = sorted({value for arm in study["sweep"].values() for value in arm}, key=float)
     body = [
-        [name, *(", ".join(f"{loss:.3f}" for loss in losses) for losses in arm.values())]
+        [name, *(", ".join(f"{loss:.3f}" for loss in arm.get(value, [])) for value in values)]
         for name, arm in study["sweep"].items()
     ]
     return [["held-out loss at", *values], *body]
@@ -94,10 +94,11 @@ def _cell(arm: Mapping[str, Any], column: str) -> str:
 
 
 def figures(study: Study) -> dict[str, Markup]:
-    """Every figure by name: held-out losses with their intervals, then the curves that the study asks for."""
-    losses = [(name, [_interval(name, arm["values"]["heldout_loss"])]) for name, arm in _arms(study)]
-    found = {"heldout": dot_plot(f"{study['title']}: held-out loss", losses, x_label="held-out loss, 95% t interval")}
-    return found | {name: _curve(study, name) for name in study["figures"]}
+    """Every figure by name: differences of held-out losses with intervals, then the curves that the study asks for."""
+    label = f"held-out loss less that of {study['reference']}"
+    differences = [_interval(name, arm["values"]["difference"]) for name, arm in _arms(study)]
+    heldout = dot_plot(f"{study['title']}: {label}", [(label, differences)], x_label="nats per token")
+    return {"heldout": heldout} | {name: _curve(study, name) for name in study["figures"]}
 
 
 def _interval(name: str, value: Mapping[str, Any]) -> Interval:
@@ -118,7 +119,8 @@ def _sides(curve: Mapping[str, list[float]]) -> dict[str, list[float]]:
 def caption(study: Study, name: str) -> str:
     """What a figure shows."""
     if name == "heldout":
-        return f"Held-out loss at the end, {len(study['seeds'])} seeds."
+        less = f"less that of {study['reference']}, paired by seed"
+        return f"Held-out loss at the end {less}: mean and 95% t interval over {len(study['seeds'])} seeds."
     title = CURVES[name][0]
     return f"{title} over {AXES[study['axis']]}. {NOTE}"
 

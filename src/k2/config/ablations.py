@@ -21,7 +21,7 @@ Column = Literal[
     "difference_at_equal_cost",
     "cost_ratio",
     "max_logit",
-    "final_logit",
+    "median_logit",
     "clipped_heads",
     "clipping_peak",
     "clipping_late",
@@ -40,7 +40,7 @@ class SweepConfig(Section):
     """Tunes one field of every arm on seeds of its own before the arms are compared."""
 
     field: str = setting("lr", "the field of `pretrain` that is tuned; the lowest mean held-out loss wins")
-    values: tuple[float, ...] = setting(..., "values tried", min_length=2)
+    values: dict[str, tuple[float, ...]] = setting(..., "arm -> values tried; every arm has some")
     seeds: tuple[int, ...] = setting(..., "seeds that take no part in the comparison", min_length=1)
 
 
@@ -72,6 +72,8 @@ class StudyConfig(Section):
             raise ValueError(f"reference {self.reference!r} must be one of the arms {', '.join(names)}")
         if self.sweep and set(self.sweep.seeds) & set(self.seeds):
             raise ValueError("sweep.seeds must take no part in seeds")
+        if self.sweep and set(self.sweep.values) != set(names):
+            raise ValueError(f"sweep.values must be given for the arms {', '.join(names)}")
         return self
 
     @property
@@ -88,7 +90,7 @@ class StudyConfig(Section):
         """The runs of the sweep that tune one arm."""
         if self.sweep is None:
             return []
-        return [run_label(arm, seed, value) for value in self.sweep.values for seed in self.sweep.seeds]
+        return [run_label(arm, seed, value) for value in self.sweep.values[arm] for seed in self.sweep.seeds]
 
 
 def run_label(arm: str, seed: int, value: float | None = None) -> str:
