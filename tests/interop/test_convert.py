@@ -9,9 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from k2.interop.digests import MANIFEST, verified
+from k2.interop.source import LogicalTensors
 from k2.model import hf
 from k2.model.tensor_files import CheckpointTensors
 from k2.quant.checkpoint import load_int4
+from k2.store.artifacts import open_uri
 from tests.interop.helpers import k2, loaded, logical_state, write_hf
 from tests.quant.tiny import TINY, model, prompts, tokenizer, write_checkpoint
 
@@ -147,6 +149,24 @@ def test_a_pipeline_artifact_is_exported_by_its_uri(tmp_path: Path, make_artifac
     assert (tmp_path / "hf" / "tokenizer.json").is_file()
 
 
+def test_an_import_is_published_once_for_stages_to_start_from(tmp_path: Path, store) -> None:
+    write_hf(tmp_path / "hf", "int4")
+    tokenizer().save(tmp_path / "hf")
+    uris = []
+    for out in ("one", "two"):
+        result = k2("import", tmp_path / "hf", tmp_path / out, "--publish", "--json")
+        uris.append(json.loads(result.stdout)["artifact"])
+    assert uris[0] == uris[1]
+    artifact = open_uri(store, uris[0])
+    assert artifact.files == sorted(content(tmp_path / "one"))
+    assert torch.equal(
+        hf.load(artifact.directory()).state_dict()["lm_head.weight"], loaded(tmp_path / "one")["lm_head.weight"]
+    )
+    assert k2("export", uris[0], tmp_path / "again", "--format", "int4").exit_code == 0
+    read, expected = (LogicalTensors(tmp_path / name) for name in ("again", "hf"))
+    assert all(torch.equal(read[name], expected[name]) for name in read if ".experts." not in name)
+
+
 def test_predictions_layers_and_stored_frequencies_are_counted_not_kept(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -162,3 +182,9 @@ def test_predictions_layers_and_stored_frequencies_are_counted_not_kept(tmp_path
     made = json.loads(k2("import", tmp_path / "hf", tmp_path / "ours", "--json").stdout)
     assert made["ignored"] == 2
     assert not set(extra) & set(CheckpointTensors(tmp_path / "ours" / "model"))
+
+
+def test_export_without_folders_is_the_pipelines_stage(tmp_path: Path) -> None:
+    result = k2("export", "--input", "nothing=s3://x")
+    assert (result.exit_code, "--input nothing: export takes" in result.stderr) == (2, True)
+    assert "name the folder to write" in k2("export", tmp_path).stderr

@@ -41,18 +41,29 @@ def _folder(source: str) -> Iterator[Path]:
     type=click.Choice(["bf16", "fp32"]),
     help="Precision of the checkpoint; by default the one the source's unquantised weights have.",
 )
+@click.option("--publish", is_flag=True, help="Also publish it in the object store and print its URI.")
 @json_output
-def import_(source: str, out: Path, form: "Format | None", as_json: bool) -> None:
+def import_(source: str, out: Path, form: "Format | None", publish: bool, as_json: bool) -> None:
     """Make a checkpoint from the Hugging Face folder SOURCE (bf16, fp32, FP8 in blocks, or INT4), in the folder OUT.
 
-    Killed and started again, it continues. OUT appears when it is complete.
+    Killed and started again, it continues. OUT appears when it is complete. A published checkpoint is what stages
+    start from: `k2 sft --input model=URI`.
     """
     from k2.interop.convert import import_checkpoint
     from k2.monitoring.events import progress_for
 
     with _folder(source) as folder:
         made = import_checkpoint(folder, out, form, progress_for("import"))
-    echo(asdict(made), as_json, made.folder)
+    uri = _published(out) if publish else None
+    echo(asdict(made) | {"artifact": uri}, as_json, uri or made.folder)
+
+
+def _published(folder: Path) -> str:
+    from k2.execution.local import object_store
+    from k2.interop.publish import publish
+
+    with object_store() as store:
+        return publish(folder, store).uri
 
 
 def _stage_export() -> click.Command:
