@@ -2,13 +2,18 @@
 
 Decoding never expands keys and values: the query is projected into the latent space and attention runs over
 the cache itself (DeepSeek-V2, arXiv 2405.04434, section 2.1.2, "absorption"). Few tokens make a step a matter of
-operators, not of arithmetic; so a weight version is prepared once (projections of the same input in one matrix,
-transposes and expert slices as ready-made views), and the step works on plain tensors without modules.
+operators and of memory traffic, not of arithmetic; so a weight version is prepared once (projections of the same
+input in one matrix, bfloat16 matrices packed for the processor, the rest as ready-made views), and the step works on
+plain tensors without modules. Attention over the cache runs in at least float32 on a CPU, which has no fast batched
+products in bfloat16.
 
 Letters in shapes: T tokens, B batch rows, L length, D hidden, H heads, X query/key width of a head, N content part
 of it, R rotary part of it, V value width of a head or vocabulary, K latent rank, C = K + R, E experts, S choices
 per token, F expert hidden, P (token, choice) pairs.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,6 +25,8 @@ from k2.model.mla import LatentAttention
 from k2.model.moe import MixtureOfExperts
 from k2.model.rope import rotary_tables
 from k2.model.transformer import DecoderLayer, Transformer
+
+Product = Callable[[Tensor], Tensor]  # [T, in] -> [T, out]
 
 
 def resident(model: Transformer) -> Transformer:
@@ -46,9 +53,9 @@ class Decoder:
     def __init__(self, model: "Prepared", rows: int, length: int) -> None:
         config, dtype, device = model.config, model.dtype, model.device
         self.model = model
-        self.cache = LatentCache(config, rows, length, dtype, device)
+        self.cache = LatentCache(config, rows, length, attention_dtype(dtype, device), device)
         self.slots_L = torch.arange(length, device=device)
-        self.cos_LR, self.sin_LR = pair_tables(*rotary_tables(config, self.slots_L, dtype))
+        self.cos_LR, self.sin_LR = pair_tables(*rotary_tables(config, self.slots_L, self.cache.values_NSLC.dtype))
 
     def prefill(self, tokens_BL: Tensor, rows_B: Tensor) -> None:
         """Store the latents of right-padded prompts in cache rows `rows_B`.
@@ -91,7 +98,7 @@ class Prepared:
         self.config, self.dtype, self.device = model.config, model.compute_dtype, model.embed_tokens.weight.device
         self.layers = [_Layer(layer) for layer in model.layers.values() if isinstance(layer, DecoderLayer)]
         self.norm = _Norm(model.norm)
-        self.embedding_VD, self.head_DV = model.embed_tokens.weight.data, model.lm_head.weight.data.T
+        self.embedding_VD, self.head = model.embed_tokens.weight.data, product(model.lm_head.weight)
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Token numbers to the residual stream [T, D]."""
@@ -99,7 +106,7 @@ class Prepared:
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """Residual stream to logits [T, V], in at least float32."""
-        return upcast(torch.mm(self.norm(x_TD), self.head_DV))
+        return upcast(self.head(self.norm(x_TD)))
 
 
 class _Norm:
@@ -132,37 +139,41 @@ class _Layer:
 
 
 class _Attention:
-    """Latent attention. Weights are views of the module's, but for the joined first projections."""
+    """Latent attention; the first projections of queries and latents are one matrix."""
 
     def __init__(self, attention: LatentAttention) -> None:
-        config = attention.config
+        config, kv_b = attention.config, attention.kv_b_proj.weight.data
         self.heads, self.rank, self.scale = config.num_attention_heads, config.kv_lora_rank, attention.scale
         self.widths = [config.qk_nope_head_dim, config.qk_rope_head_dim]
         if config.q_lora_rank is None:
             first, self.q_norm = attention.q_proj.weight.data, None
         else:
             first, self.q_norm = attention.q_a_proj.weight.data, _Norm(attention.q_a_layernorm)
-            self.q_b = attention.q_b_proj.weight.data.T
+            self.q_b = product(attention.q_b_proj.weight)
         self.split = [first.shape[0], self.rank + config.qk_rope_head_dim]
-        self.joined = torch.cat([first, attention.kv_a_proj_with_mqa.weight.data]).T
+        self.joined = product(torch.cat([first, attention.kv_a_proj_with_mqa.weight.data]))
         self.latent_norm = _Norm(attention.kv_a_layernorm)
-        self.kv_b = attention.kv_b_proj.weight.data.T
-        expand_HXK = attention.kv_b_proj.weight.data.view(self.heads, -1, self.rank)
-        self.keys_HNK, values_HVK = expand_HXK.split([self.widths[0], config.v_head_dim], dim=1)
-        self.values_HKV = values_HVK.transpose(1, 2)
-        self.output = attention.o_proj.weight.data.T
+        self.dtype = attention_dtype(kv_b.dtype, kv_b.device)
+        self.expand_CX = kv_b.to(self.dtype).T
+        expand_HXK = kv_b.to(self.dtype).view(self.heads, -1, self.rank)
+        self.keys_HNK = expand_HXK[:, : self.widths[0]]
+        self.values_HKV = expand_HXK[:, self.widths[0] :].transpose(1, 2)
+        self.output = product(attention.o_proj.weight)
         pairs = torch.arange(config.qk_rope_head_dim, device=first.device)
         self.partners = pairs + 1 - 2 * (pairs % 2)
 
     def project(self, x_TD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries' content [T, H, N] and rotary part [T, H, R], and the latents [T, C] that the cache keeps."""
-        query, latents_TC = torch.mm(x_TD, self.joined).split(self.split, dim=1)
+        query, latents_TC = self.joined(x_TD).split_with_sizes(self.split, dim=1)
         if self.q_norm is not None:
-            query = torch.mm(self.q_norm(query), self.q_b)
-        content_THN, rotary_THR = query.unflatten(1, (self.heads, -1)).split(self.widths, dim=2)
-        latent, rotary_TR = latents_TC[:, : self.rank], latents_TC[:, self.rank :]
+            query = self.q_b(self.q_norm(query))
+        latents_TC = latents_TC.to(self.dtype)
+        latent = latents_TC[:, : self.rank]
         self.latent_norm(latent, out=latent)
-        self._rotate(rotary_TR, cos_TR, sin_TR)
+        self._rotate(latents_TC[:, self.rank :], cos_TR, sin_TR)
+        content_THN, rotary_THR = (
+            query.to(self.dtype).view(len(x_TD), self.heads, -1).split_with_sizes(self.widths, dim=2)
+        )
         self._rotate(rotary_THR, cos_TR[:, None], sin_TR[:, None])
         return content_THN, rotary_THR, latents_TC
 
@@ -178,29 +189,30 @@ class _Attention:
         logits_BHL = torch.baddbmm(bias_B1L, query_BHC, past_BLC.transpose(1, 2), alpha=self.scale)
         mixed_BHK = torch.bmm(torch.softmax(logits_BHL, -1), past_BLC[..., : self.rank])
         values_HBV = torch.bmm(mixed_BHK.transpose(0, 1), self.values_HKV)
-        return torch.addmm(x_BD, values_HBV.transpose(0, 1).flatten(1), self.output)
+        return self.output(values_HBV.transpose(0, 1).flatten(1).to(x_BD.dtype)).add_(x_BD)
 
     def causal(self, x_TD: Tensor, content: Tensor, rotary: Tensor, latents_TC: Tensor, batch: int) -> Tensor:
         """Attention of whole prompts with expanded keys and values, added to `x_TD`; T = batch * length."""
-        shape = (batch, -1, self.heads)
-        keys_values = torch.mm(latents_TC[:, : self.rank], self.kv_b).unflatten(1, (self.heads, -1))
-        key, value = keys_values.split([self.widths[0], self.values_HKV.shape[2]], dim=2)
+        length = len(x_TD) // batch
+        keys_values = torch.mm(latents_TC[:, : self.rank], self.expand_CX).view(len(x_TD), self.heads, -1)
+        key, value = keys_values[..., : self.widths[0]], keys_values[..., self.widths[0] :]
         shared = latents_TC[:, None, self.rank :].expand(-1, self.heads, -1)
-        q = torch.cat([content, rotary], dim=2).unflatten(0, shape[:2]).transpose(1, 2)
-        k = torch.cat([key, shared], dim=2).unflatten(0, shape[:2]).transpose(1, 2)
-        v = value.unflatten(0, shape[:2]).transpose(1, 2)
+        q, k, v = (
+            heads.view(batch, length, self.heads, -1).transpose(1, 2)
+            for heads in (torch.cat([content, rotary], dim=2), torch.cat([key, shared], dim=2), value.contiguous())
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return torch.addmm(x_TD, mixed.transpose(1, 2).flatten(2).flatten(0, 1), self.output)
+        return self.output(mixed.transpose(1, 2).reshape(len(x_TD), -1).to(x_TD.dtype)).add_(x_TD)
 
 
 class _GatedMLP:
     """down(silu(gate) * up), added to the residual stream."""
 
     def __init__(self, mlp: GatedMLP) -> None:
-        self.gate_up, self.down = mlp.gate_up_proj.weight.data.T, mlp.down_proj.weight.data.T
+        self.gate_up, self.down = product(mlp.gate_up_proj.weight), product(mlp.down_proj.weight)
 
     def __call__(self, x_TD: Tensor, normed_TD: Tensor) -> Tensor:
-        return torch.addmm(x_TD, _gated(torch.mm(normed_TD, self.gate_up)), self.down)
+        return self.down(_gated(self.gate_up(normed_TD))).add_(x_TD)
 
 
 def _gated(gate_up: Tensor) -> Tensor:
@@ -214,8 +226,8 @@ class _Mixture:
     def __init__(self, mlp: MixtureOfExperts) -> None:
         self.gate = mlp.gate
         self.shared = None if mlp.shared_experts is None else _GatedMLP(mlp.shared_experts)
-        self.gate_up = mlp.experts.gate_up_proj.data.transpose(1, 2).unbind(0)
-        self.down = mlp.experts.down_proj.data.transpose(1, 2).unbind(0)
+        self.gate_up = [product(matrix) for matrix in mlp.experts.gate_up_proj.data]
+        self.down = [product(matrix) for matrix in mlp.experts.down_proj.data]
 
     def __call__(self, x_TD: Tensor, normed_TD: Tensor) -> Tensor:
         routing = self.gate(normed_TD)
@@ -230,14 +242,27 @@ class _Mixture:
         return x_TD + F.embedding_bag(places_TS, outputs, mode="sum", per_sample_weights=weights_TS)
 
 
-def _segments(rows: Tensor, matrices: tuple[Tensor, ...], counts: list[int]) -> Tensor:
+def _segments(rows: Tensor, matrices: list[Product], counts: list[int]) -> Tensor:
     """Each run of `counts[e]` rows times matrix e."""
-    output = rows.new_empty(rows.shape[0], matrices[0].shape[1])
-    pieces = zip(rows.split_with_sizes(counts), matrices, output.split_with_sizes(counts), counts, strict=True)
-    for piece, matrix, target, count in pieces:
-        if count:
-            torch.mm(piece, matrix, out=target)
-    return output
+    pieces = zip(rows.split_with_sizes(counts), matrices, counts, strict=True)
+    return torch.cat([matrix(piece) for piece, matrix, count in pieces if count])
+
+
+def product(weight_OI: Tensor) -> Product:
+    """Multiplication with the transpose of a weight [out, in].
+
+    Packed bfloat16 weights are read at twice the speed of plain ones, and save the library's own repacking.
+    """
+    if weight_OI.dtype == torch.bfloat16 and weight_OI.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach())
+        arguments = {"W": packed, "B": None, "attr": "none", "scalars": [], "algorithm": ""}
+        return partial(torch.ops.mkldnn._linear_pointwise.default, **arguments)
+    return partial(torch.mm, mat2=weight_OI.detach().T)
+
+
+def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Precision of the cache and of attention over it."""
+    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
 
 
 def pair_tables(cos_LR: Tensor, sin_LR: Tensor) -> tuple[Tensor, Tensor]:
