@@ -1,0 +1,173 @@
+"""Dockerfiles: their structure, hadolint, what goes in; and, when `make images` built them, what came out."""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from images import build, finish
+from tests.manifests.render import ROOT, tool
+
+KINDS = ("cpu", "gpu")
+
+
+def dockerfile(kind: str) -> str:
+    return (ROOT / "images" / kind / "Dockerfile").read_text()
+
+
+def instructions(kind: str) -> list[tuple[str, str]]:
+    """Instruction and argument, continued lines joined, comments left out."""
+    lines = [line for line in dockerfile(kind).splitlines() if line and not line.startswith("#")]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines))
+    return [(first, rest.strip()) for first, _, rest in (line.partition(" ") for line in joined.splitlines())]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hadolint_is_content(kind: str) -> None:
+    check = [tool("hadolint"), str(ROOT / "images" / kind / "Dockerfile")]
+    run = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_structure(kind: str) -> None:
+    found = instructions(kind)
+    stages = [argument for name, argument in found if name == "FROM"]
+    assert stages == ["${BASE_IMAGE} AS build", "${BASE_IMAGE}"]
+    final = found[max(i for i, (name, _) in enumerate(found) if name == "FROM") :]
+    values: dict[str, list[str]] = {}
+    for name, argument in final:
+        values.setdefault(name, []).append(argument)
+    assert found[0][0] == "ARG"
+    assert found[0][1].startswith("BASE_IMAGE=")
+    assert values["USER"] == ["1000:0"]
+    assert values["HEALTHCHECK"] == ['CMD ["k2", "--version"]']
+    assert values["COPY"] == ["--from=build /opt/k2 /opt/k2"]
+    assert all(
+        f"org.opencontainers.image.{label}=" in values["LABEL"][0] for label in ("title", "revision", "licenses")
+    )
+    assert "ADD" not in {name for name, _ in found}
+    assert "latest" not in dockerfile(kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_is_installed_as_locked(kind: str) -> None:
+    installs = [argument for name, argument in instructions(kind) if name == "RUN" and " install" in argument]
+    pip = [argument for argument in installs if "pip" in argument]
+    assert len(pip) == 1
+    assert "--constraint requirements.lock ." in pip[0]
+    assert "--no-cache-dir" in pip[0]
+    assert all("rm -rf /var/lib/apt/lists/*" in argument for argument in installs if "apt-get" in argument)
+    locked = {line.partition("==")[0].lower() for line in (ROOT / "requirements.lock").read_text().splitlines()}
+    wanted = re.findall(r'^    "([A-Za-z0-9._-]+)==', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert {name.lower().replace("-", "_") for name in wanted if name.lower() not in locked} <= {
+        name.replace("-", "_") for name in locked
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_gpu_image_keeps_a_compiler_for_triton(kind: str) -> None:
+    final = dockerfile(kind).rpartition("FROM ")[2]
+    assert ("gcc" in final) == (kind == "gpu")
+
+
+def test_everything_written_goes_to_tmp() -> None:
+    (environment,) = [argument for name, argument in instructions("cpu") if name == "ENV"]
+    values = dict(pair.split("=", 1) for pair in environment.split())
+    folders = {name: value for name, value in values.items() if name.endswith(("_HOME", "DIR")) or name == "HOME"}
+    assert {"HOME", "K2_HOME", "MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"} <= set(folders)
+    assert all(value.startswith("/tmp") for value in folders.values())
+    assert values["USER"], "getpass.getuser fails for a UID without a name"
+
+
+def test_the_tag_follows_the_content(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for path in [
+        *map(Path, ("pyproject.toml", "src/k2/a.py")),
+        *(Path("images") / kind / "Dockerfile" for kind in KINDS),
+    ]:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(str(path))
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "files", lambda: [Path("pyproject.toml"), Path("src/k2/a.py")])
+    first = build.content_tag("cpu", "base")
+    assert first == build.content_tag("cpu", "base")
+    (tmp_path / "src/k2/a.py").write_text("changed")
+    assert (
+        len({first, build.content_tag("cpu", "base"), build.content_tag("cpu", "b2"), build.content_tag("gpu", "b2")})
+        == 4
+    )
+
+
+def test_the_context_holds_what_the_dockerfiles_copy_and_no_more() -> None:
+    copied = {
+        source
+        for name, argument in instructions("cpu")
+        if name == "COPY" and not argument.startswith("--from")
+        for source in argument.split()[:-1]
+    }
+    assert copied == set(build.CONTEXT)
+
+
+def test_the_bill_of_materials_lists_what_is_installed() -> None:
+    components = finish.sbom()["components"]
+    assert isinstance(components, list)
+    versions = {each["name"]: each["version"] for each in components}
+    assert versions["kfp"] == "2.17.0"
+    assert list(versions) == sorted(versions)
+    assert all(each["purl"].startswith("pkg:pypi/") for each in components)
+
+
+@pytest.fixture(scope="module")
+def container() -> Iterator[str]:
+    """A container of the built CPU image, on the base that `--base debian` makes."""
+    if subprocess.run(["which", "buildah"], capture_output=True, check=False).returncode:
+        pytest.skip("needs buildah and an image: python images/build.py cpu --offline --base debian")
+    image = f"localhost/k2/cpu:{build.content_tag('cpu', build.DEBIAN)}"
+    made = subprocess.run(["buildah", "from", "--pull-never", image], capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"needs {image}: python images/build.py cpu --offline --base debian")
+    yield made.stdout.strip()
+    subprocess.run(["buildah", "rm", made.stdout.strip()], capture_output=True, check=True)
+
+
+def inside(container: str, *command: str) -> str:
+    run = ["buildah", "run", "--isolation", "chroot", "--user", "12345:0", container, "--", *command]
+    done = subprocess.run(run, capture_output=True, text=True, check=False, env=os.environ | {"K2_HOME": "/tmp/k2"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_image_works_for_any_user(container: str) -> None:
+    assert "version" in inside(container, "k2", "--version")
+    assert "vocab_size" in inside(container, "k2", "config", "show", "nano")
+    imports = "import torch, transformers, kfp.dsl.executor_main, pyarrow.parquet, k2.execution.component; print(1 + 1)"
+    assert inside(container, "python", "-c", imports).strip() == "2"
+    assert "SeaweedFS" in inside(container, "weed", "version") or "30GB" in inside(container, "weed", "version")
+
+
+def test_the_image_holds_no_compiler_no_cache_and_nothing_that_users_may_change(container: str) -> None:
+    found = inside(
+        container,
+        "find",
+        "/opt/k2",
+        "/usr/bin",
+        "-name",
+        "gcc*",
+        "-o",
+        "-name",
+        "cc",
+        "-o",
+        "-perm",
+        "-o+w",
+        "!",
+        "-type",
+        "l",
+    )
+    assert not found.strip()
+    components = json.loads(inside(container, "cat", "/opt/k2/sbom.json"))["components"]
+    assert "pytest" not in {each["name"] for each in components}
+    assert "torch" in {each["name"] for each in components}
