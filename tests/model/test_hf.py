@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from k2.config.model import ModelConfig
+from k2.config.model import ModelConfig, RopeScaling
 from k2.errors import UserError
 from k2.model import hf
-from k2.model.layout import logical_tensors
+from k2.model.layout import logical_tensors, parameter_counts
+from k2.model.rope import softmax_scale
 from k2.model.transformer import Transformer
 from tests.model.reference import SHAPES, TINY, build
 
@@ -23,6 +24,43 @@ def test_config_round_trip(shape: str) -> None:
     back = hf.from_hf_config(json.loads(json.dumps(hf.to_hf_config(config))))
     assert back == config.model_copy(update={"routed_scaling_factor": back.routed_scaling_factor})
     assert hf.to_hf_config(back) == hf.to_hf_config(config)
+
+
+KIMI_K2 = {
+    "architectures": ["DeepseekV3ForCausalLM"], "model_type": "kimi_k2", "vocab_size": 163840, "hidden_size": 7168,
+    "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61, "first_k_dense_replace": 1,
+    "moe_layer_freq": 1, "num_attention_heads": 64, "num_key_value_heads": 64, "q_lora_rank": 1536, "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "n_routed_experts": 384, "n_shared_experts": 1,
+    "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+    "norm_topk_prob": True, "routed_scaling_factor": 2.827, "aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1,
+    "hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0, "initializer_range": 0.02,
+    "rms_norm_eps": 1e-06, "rope_theta": 50000.0, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    "num_nextn_predict_layers": 0, "pretraining_tp": 1, "use_cache": True, "torch_dtype": "bfloat16",
+    "rope_scaling": {"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "beta_fast": 1.0,
+                     "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+}  # fmt: skip
+"""k2-facts 1.2, as Kimi K2's config.json has it."""
+
+
+def test_the_released_config_is_read_as_kimi_k2() -> None:
+    config = hf.from_hf_config(KIMI_K2)
+    scaling = RopeScaling()
+    assert config == ModelConfig(routed_scaling_factor=2.827, rope_scaling=scaling, max_position_embeddings=131072)
+    assert parameter_counts(config).total == 1_026_408_232_448
+    assert softmax_scale(config) == pytest.approx(0.130861, abs=1e-6)
+    written = hf.to_hf_config(config)
+    kept = {name: value for name, value in KIMI_K2.items() if name in written and name != "model_type"}
+    assert {name: written[name] for name in kept} == kept
+
+
+@pytest.mark.parametrize(
+    ("left_out", "expected"),
+    [("mscale", 0.0), ("mscale_all_dim", 0.0), ("beta_fast", 32.0), ("original_max_position_embeddings", 131072)],
+)
+def test_fields_that_position_scaling_leaves_out_have_the_references_defaults(left_out: str, expected: float) -> None:
+    scaling = {name: value for name, value in KIMI_K2["rope_scaling"].items() if name != left_out}
+    read = hf.from_hf_config(KIMI_K2 | {"rope_scaling": scaling}).rope_scaling
+    assert getattr(read, left_out) == expected
 
 
 def test_transformers_reads_the_config_as_ours(tmp_path: Path) -> None:
