@@ -5,7 +5,7 @@ import sys
 import click
 
 from k2 import __version__
-from k2.commands import config, doctor, inspect, interop, model, optim, pipeline, run, schedule, stages
+from k2.commands import config, doctor, inspect, interop, model, optim, pipeline, plan, run, schedule, stages
 from k2.errors import StageError, UserError
 
 
@@ -39,12 +39,13 @@ def main() -> None:
     k2 config show tiny           every field, explained
     k2 pretrain                   one stage alone, on what was made before
     k2 chat                       talk to the champion
+    k2 plan k2-1t --cluster h800-2048   memory, days and money before any is spent
 
     Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted.
     """
 
 
-for group in (run, stages, config, pipeline, schedule, inspect, optim, model, interop, doctor):
+for group in (run, stages, config, pipeline, schedule, inspect, optim, model, plan, interop, doctor):
     for command in group.COMMANDS:
         main.add_command(command)
 

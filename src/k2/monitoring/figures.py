@@ -273,6 +273,23 @@ def bars(title: str, rows: Sequence[tuple[str, float]]) -> Markup:
     return _svg(title, 22 * len(rows) + 8, parts)
 
 
+def stacked_bars(title: str, parts: Sequence[str], rows: Sequence[tuple[str, Sequence[float]]]) -> Markup:
+    """One bar per row, divided into the named parts, with its sum."""
+    left, right = 150, WIDTH - 70
+    across = _Scale(0.0, max([sum(values) for _, values in rows] + [1e-12]), left, right)
+    marks = _legend(parts, left)
+    box = '<rect class="part s{}" x="{}" y="{}" width="{:.1f}" height="15"><title>{}</title></rect>'
+    for index, (name, values) in enumerate(rows):
+        y, start = 22 * index + 24, 0.0
+        marks.append(_text(left - 12, y + 13, _label(name), "label end"))
+        for part, value in enumerate(values):
+            wide = across(start + value) - across(start)
+            marks.append(Markup(box).format(part, across(start), y, wide, f"{parts[part]}: {number(value)}"))
+            start += value
+        marks.append(_text(across(start) + 7, y + 12, number(start), "tick"))
+    return _svg(title, 22 * len(rows) + 28, marks)
+
+
 def histogram(title: str, edges: Sequence[float], counts: Sequence[float], *, x_label: str) -> Markup:
     """How many values fall between neighbouring `edges`, one more of them than `counts`."""
     marks = [mark for mark in ticks(0, max(counts), 4) if mark == int(mark)]

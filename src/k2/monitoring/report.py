@@ -3,19 +3,14 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from typing import Any
-
-from jinja2 import BaseLoader, Environment, StrictUndefined
-from markupsafe import Markup
 
 from k2.ablations.page import study_section
 from k2.errors import StageError, UserError
 from k2.execution.registry import COMPARE, STAGES, stage_spec
 from k2.monitoring.blocks import Block, Missing, Preformatted, Section, StageView
 from k2.monitoring.data_sections import corpus_section, rephrase_section, trajectory_section
-from k2.monitoring.format import duration, number, value_text
+from k2.monitoring.format import duration
 from k2.monitoring.lineage import lineage, render_tree
 from k2.monitoring.model_sections import (
     evaluation_section,
@@ -25,6 +20,7 @@ from k2.monitoring.model_sections import (
     rl_section,
     sft_section,
 )
+from k2.monitoring.page import render_template
 from k2.store.artifacts import open_uri
 from k2.store.client import Store
 
@@ -143,11 +139,7 @@ def _page(run: Run, records: Sequence[Mapping[str, Any]], sections: Sequence[Sec
     rows = timeline(records)
     failures = [record for record in records if record["error"]]
     headline = _headline(records)
-    page: str = _template("report.html").render(
-        run=run, rows=rows, failures=failures, sections=sections, headline=headline,
-        css=Markup(_text("report.css")), script=Markup(_text("report.js.html")),
-    )  # fmt: skip
-    return page
+    return render_template("report.html", run=run, rows=rows, failures=failures, sections=sections, headline=headline)
 
 
 def timeline(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -187,15 +179,3 @@ def _headline(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     metrics = {record["stage"]: record["metrics"] or {} for record in records}
     found = [(name, form, metrics.get(stage, {}).get(metric)) for stage, metric, name, form in HEADLINE]
     return [(name, form.format(value)) for name, form, value in found if isinstance(value, (int, float))]
-
-
-@cache
-def _text(name: str) -> str:
-    return files("k2.monitoring").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-@cache
-def _template(name: str) -> Any:
-    environment = Environment(loader=BaseLoader(), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    environment.filters |= {"duration": duration, "number": number, "value_text": value_text}
-    return environment.from_string(_text(name))

@@ -20,10 +20,19 @@ def read_section(path: Path, kind: type[Document]) -> Document:
     Raises:
         UserError: unreadable, or naming every bad field with what is allowed.
     """
+    return validated(read_document(path), kind, str(path))
+
+
+def validated(values: dict[str, Any], kind: type[Document], where: str) -> Document:
+    """Plain values as a section.
+
+    Raises:
+        UserError: naming every bad field with what is allowed.
+    """
     try:
-        return kind.model_validate(read_document(path))
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(_explain(item, kind) for item in error.errors())) from None
+        raise UserError(f"{where}: " + "; ".join(_explain(item, kind) for item in error.errors())) from None
 
 
 def _explain(item: Any, kind: type[Section]) -> str:

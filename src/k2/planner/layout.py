@@ -1,0 +1,136 @@
+"""How a model is laid out over ranks: pipeline x expert x data parallelism, and what is done about activations.
+
+A rank is (pp, dp, ep). Routed experts are divided by `ep`; everything else of a pipeline stage is the same on the
+`ep * dp` ranks of the stage, which are its data-parallel group (Kimi K2 report, section 2.4).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import accumulate, product
+from typing import Any
+
+from k2.config.model import ModelConfig
+from k2.errors import UserError
+
+ACTIVATION_SWITCHES: tuple[dict[str, bool], ...] = (
+    {"recompute": False, "fp8_storage": False},
+    {"recompute": True, "fp8_storage": False},
+    {"recompute": True, "fp8_storage": True},
+    {"recompute": True, "fp8_storage": True, "offload_activations": True},
+)
+OPTIMIZER_SWITCHES: tuple[dict[str, bool], ...] = ({"offload_optimizer": False}, {"offload_optimizer": True})
+"""What the search tries, cheapest first."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism and the switches that trade memory for time.
+
+    pp, ep, dp: pipeline stages, expert-parallel ranks, replicas of the experts.
+    virtual_stages: pieces of the model on each pipeline rank (interleaved 1F1B).
+    micro_batch_tokens: tokens that pass through a stage at once.
+    recompute: norms, SwiGLU, MLA up-projections and MoE down-projections are computed again (section 2.4).
+    fp8_storage: inputs of MoE up-projections and of SwiGLU are kept as FP8 E4M3 with a scale for 128 values.
+    offload_activations: what is kept for the backward pass goes to the host and is fetched back.
+    offload_optimizer: masters and momentum live on the host.
+    """
+
+    pp: int = 1
+    ep: int = 1
+    dp: int = 1
+    virtual_stages: int = 1
+    micro_batch_tokens: int = 4096
+    recompute: bool = True
+    fp8_storage: bool = True
+    offload_activations: bool = False
+    offload_optimizer: bool = False
+
+    @property
+    def ranks(self) -> int:
+        """GPUs in all."""
+        return self.pp * self.ep * self.dp
+
+    @property
+    def data_parallel(self) -> int:
+        """Ranks that each see data of their own."""
+        return self.ep * self.dp
+
+    def micro_batches(self, batch_tokens: int) -> int:
+        """Micro-batches of one rank in one step."""
+        return batch_tokens // (self.data_parallel * self.micro_batch_tokens)
+
+    def problem(self, model: ModelConfig, batch_tokens: int, context: int) -> str | None:
+        """Why this layout cannot run this model, or None."""
+        chunks = self.pp * self.virtual_stages
+        if model.n_routed_experts % self.ep:
+            return f"ep={self.ep} does not divide n_routed_experts={model.n_routed_experts}"
+        if chunks > model.num_hidden_layers:
+            return f"pp={self.pp} x virtual_stages={self.virtual_stages} exceed {model.num_hidden_layers} layers"
+        if self.micro_batch_tokens % context:
+            return f"micro_batch_tokens={self.micro_batch_tokens} is no multiple of context_length={context}"
+        together = self.data_parallel * self.micro_batch_tokens
+        if batch_tokens % together or batch_tokens < together:
+            return (
+                f"batch_tokens={batch_tokens} is no multiple of ep x dp x micro_batch_tokens ="
+                f" {self.ep} x {self.dp} x {self.micro_batch_tokens} = {together}"
+            )
+        if self.virtual_stages > 1 and self.micro_batches(batch_tokens) % self.pp:
+            count = self.micro_batches(batch_tokens)
+            return f"virtual_stages={self.virtual_stages} needs micro-batches ({count}) in multiples of pp={self.pp}"
+        return None
+
+
+@lru_cache
+def layers_of_chunks(layers: int, chunks: int) -> tuple[range, ...]:
+    """Consecutive layers of every chunk; chunks at the ends, which have embedding and head, get fewer."""
+    base, extra = divmod(layers, chunks)
+    middle = set(sorted(range(chunks), key=lambda chunk: (abs(2 * chunk - chunks + 1), chunk))[:extra])
+    ends = list(accumulate(base + (chunk in middle) for chunk in range(chunks)))
+    return tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False))
+
+
+def layers_of_rank(layers: int, layout: Layout, stage: int) -> list[int]:
+    """Layers on one pipeline rank, over all its virtual stages."""
+    chunks = layers_of_chunks(layers, layout.pp * layout.virtual_stages)
+    return [layer for chunk in chunks[stage :: layout.pp] for layer in chunk]
+
+
+def divisors(number: int) -> list[int]:
+    """All of them, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def candidates(model: ModelConfig, ranks: int, context: int) -> Iterator[Layout]:
+    """Every layout over all ranks that is worth a look, whether or not it divides or fits."""
+    for pp in (d for d in divisors(ranks) if d <= model.num_hidden_layers):
+        for ep in (d for d in divisors(ranks // pp) if d <= model.n_routed_experts):
+            for virtual in (1, 2, 4) if pp > 1 else (1,):
+                for rows in (1, 2, 4):
+                    base = Layout(pp, ep, ranks // pp // ep, virtual, rows * context)
+                    for switches in product(ACTIVATION_SWITCHES, OPTIMIZER_SWITCHES):
+                        yield replace(base, **switches[0], **switches[1])
+
+
+def parse_layout(text: str) -> dict[str, Any]:
+    """`pp=16,ep=16,fp8_storage=true` as fields of a layout.
+
+    Raises:
+        UserError: not of that form, or no such field.
+    """
+    kinds = {field.name: field.type for field in fields(Layout)}
+    values: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name not in kinds:
+            raise UserError(f"--layout {part!r}: write name=value; the names are {', '.join(kinds)}")
+        values[name] = _field(name, value, isinstance(getattr(Layout(), name), bool))
+    return values
+
+
+def _field(name: str, text: str, switch: bool) -> int | bool:
+    if switch and text in ("true", "false"):
+        return text == "true"
+    if not switch and text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise UserError(f"--layout {name}={text}: must be {'true or false' if switch else 'a whole number of at least 1'}")

@@ -1,0 +1,146 @@
+"""A plan for people: text for the terminal, a page, and Helm values to paste."""
+
+from collections.abc import Mapping, Sequence
+
+import yaml
+
+from k2.config.cluster import Cluster
+from k2.config.pretrain import PretrainConfig
+from k2.monitoring.blocks import Block, Facts, Figure, Preformatted, Prose, Section, Table
+from k2.monitoring.figures import bars, stacked_bars
+from k2.monitoring.format import duration, number
+from k2.monitoring.page import render_page
+from k2.planner.layout import Layout
+from k2.planner.memory import Memory
+from k2.planner.plan import Plan, describe
+from k2.planner.time import GIGA, StepTime
+
+COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
+NOTE = (
+    "Counted, not measured: bytes and operations follow from the model's table of tensors, times from the constants of"
+    " the cluster file. No GPU has confirmed the times."
+)
+
+
+def plan_text(plan: Plan, cluster: Cluster) -> str:
+    """The plan in lines of at most 100 characters or so."""
+    lines = [f"{name:<28}{value}" for name, value in _facts(plan, cluster)]
+    lines += ["", "memory of the fullest rank, GB"]
+    lines += [f"  {name:<26}{value:8.1f}" for name, value in _memory_rows(plan.fullest)]
+    lines += ["", f"one step of {plan.step.total:.2f} s"]
+    lines += [f"  {name:<26}{value:8.2f} s {value / plan.step.total:6.1%}" for name, value in _time_rows(plan.step)]
+    lines += ["", "communication of a rank in a step"]
+    for name, each in plan.step.traffic.items():
+        if each.bytes:
+            state = "hidden" if each.hidden else f"{each.exposed:.2f} s waited for"
+            lines.append(f"  {name:<26}{each.bytes / GIGA:8.1f} GB {each.seconds:7.2f} s  {state}")
+    return "\n".join(lines)
+
+
+def comparison(plans: Sequence[Plan]) -> list[list[str]]:
+    """One row per plan: layout, memory, step, MFU, days."""
+    return [[describe(plan.layout), *_row(plan)] for plan in plans]
+
+
+def _row(plan: Plan) -> list[str]:
+    return [
+        f"{plan.fullest.gpu / GIGA:.1f}",
+        f"{plan.step.total:.2f}",
+        f"{plan.utilisation:.1%}",
+        f"{plan.days:.1f}",
+        f"{plan.cost:,.0f}",
+    ]
+
+
+def plan_page(config: PretrainConfig, plan: Plan, cluster: Cluster, others: Mapping[str, Plan | None]) -> str:
+    """Self-contained HTML: memory of every pipeline stage, the step, communication, what-if, constants, Helm values."""
+    headline = [
+        ("days", f"{plan.days:.1f}"),
+        ("GPU-hours", f"{plan.gpu_hours:,.0f}"),
+        (cluster.currency, f"{plan.cost:,.0f}"),
+        ("MFU", f"{plan.utilisation:.1%}"),
+        ("GB on the fullest GPU", f"{plan.fullest.gpu / GIGA:.1f}"),
+    ]
+    sections = [
+        Section("plan", "Plan", [Prose(NOTE), Facts(_facts(plan, cluster), "What comes out.")]),
+        Section("memory", "Memory", [_memory_figure(plan, cluster)]),
+        Section("step", "One step", _step_blocks(plan.step)),
+        Section("what-if", "What if", [_what_if(plan, others)]),
+        Section("constants", "Constants", [_constants(cluster)]),
+        Section("values", "Helm values", [Preformatted(helm_values(plan.layout, cluster, config), "To paste.")]),
+    ]
+    return render_page(f"{cluster.name}: {cluster.gpus} GPUs", "K2 plan", headline, sections)
+
+
+def helm_values(layout: Layout, cluster: Cluster, config: PretrainConfig) -> str:
+    """The part of a deployment that this layout decides."""
+    shape = {"pp": layout.pp, "ep": layout.ep, "dp": layout.dp, "virtualStages": layout.virtual_stages}
+    pool = {"nodes": cluster.nodes, "gpusPerNode": cluster.gpus_per_node, "accelerator": cluster.gpu.name}
+    tokens = {"batchTokens": config.batch_tokens, "microBatchTokens": layout.micro_batch_tokens}
+    text: str = yaml.safe_dump({"pretrain": {"pool": pool, "layout": shape, **tokens}}, sort_keys=False)
+    return text
+
+
+def _facts(plan: Plan, cluster: Cluster) -> list[tuple[str, str]]:
+    saving = plan.checkpointing
+    between = saving.mean_time_between_failures_s
+    return [
+        ("layout", describe(plan.layout)),
+        ("steps", f"{plan.steps:,}"),
+        ("step", f"{plan.step.total:.2f} s, at the long context {plan.long_step.total:.2f} s"),
+        ("model FLOPs utilisation", f"{plan.utilisation:.1%}"),
+        ("pipeline bubble", f"{plan.step.bubble / plan.step.total:.1%} of a step"),
+        ("time", f"{plan.days:.1f} days, {plan.gpu_hours:,.0f} GPU-hours"),
+        ("money", f"{plan.cost:,.0f} {cluster.currency}"),
+        ("checkpoint", f"{saving.bytes / 1e12:.2f} TB, written in {duration(saving.write_s)}"),
+        ("checkpoint_interval", f"{saving.interval_steps} steps ({duration(saving.interval_s)}; Young and Daly)"),
+        ("failures", f"one in {duration(between)} on average; {saving.lost:.2%} of the time is lost to them"),
+    ]
+
+
+def _memory_rows(memory: Memory) -> list[tuple[str, float]]:
+    plain = memory.as_dict()
+    return [(name, plain[name] / GIGA) for name in (*COMPONENTS, "gpu", "host")]
+
+
+def _time_rows(step: StepTime) -> list[tuple[str, float]]:
+    plain = {"compute": step.compute, "recompute": step.recompute, "bubble": step.bubble, "optimizer": step.optimizer}
+    return [*plain.items(), ("exposed communication", step.exposed)]
+
+
+def _memory_figure(plan: Plan, cluster: Cluster) -> Block:
+    rows = [
+        (f"stage {index}", [stage.as_dict()[name] / GIGA for name in COMPONENTS])
+        for index, stage in enumerate(plan.stages)
+    ]
+    room = cluster.gpu.memory_gb - cluster.gpu.reserved_gb
+    caption = f"GB on a rank of each pipeline stage; a GPU has {room:g} to give."
+    return Figure(stacked_bars("Memory by pipeline stage", COMPONENTS, rows), caption)
+
+
+def _step_blocks(step: StepTime) -> list[Block]:
+    traffic = [
+        [name, f"{each.bytes / GIGA:.1f}", f"{each.seconds:.2f}", f"{each.exposed:.2f}"]
+        for name, each in step.traffic.items()
+    ]
+    return [
+        Figure(bars("One step", _time_rows(step)), "Seconds of one optimizer step by where they go."),
+        Table(["communication", "GB", "s", "s waited for"], traffic, "Of the busiest rank in one step."),
+    ]
+
+
+def _what_if(plan: Plan, others: Mapping[str, Plan | None]) -> Block:
+    rows = [["as planned", *_row(plan)]]
+    rows += [[name, *(_row(other) if other else ["does not fit", "", "", "", ""])] for name, other in others.items()]
+    return Table(["case", "GB", "s a step", "MFU", "days", "cost"], rows, "The same plan under other circumstances.")
+
+
+def _constants(cluster: Cluster) -> Block:
+    rows = []
+    for path, source in cluster.sources.items():
+        value: object = cluster
+        for name in path.split("."):
+            value = getattr(value, name)
+        shown = number(value) if isinstance(value, int | float) else str(value)
+        rows.append([path, shown, source])
+    return Table(["constant", "value", "source"], rows, "Every constant, and where it comes from.", text=True)

@@ -1,0 +1,211 @@
+"""The planner against published figures, against the model's own tables, and against a simulated pipeline."""
+
+import json
+import time
+from dataclasses import replace
+from importlib.resources import files
+from math import isclose
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from k2.cli import main
+from k2.config.cluster import Cluster
+from k2.config.load import load_config
+from k2.model.layout import flops_per_token, parameter_counts
+from k2.planner.layout import Layout, layers_of_chunks
+from k2.planner.memory import in_flight, stage_memory, stage_sizes
+from k2.planner.plan import checkpointing, describe, make_plan, problem, search, what_if
+from k2.planner.report import plan_page
+from k2.planner.time import stage_flops, step_time
+
+K2 = load_config("k2-1t").pretrain
+PUBLISHED = Layout(pp=16, ep=16, offload_optimizer=True, offload_activations=True)
+"""The report's layout on 32 nodes (section 2.4)."""
+
+
+def cluster(name: str) -> Cluster:
+    return Cluster.model_validate(yaml.safe_load(files("k2.planner").joinpath(f"clusters/{name}.yaml").read_text()))
+
+
+def test_the_published_states_fit_256_gpus_at_about_30_gb() -> None:
+    states = [stage_memory(K2.model, PUBLISHED, stage, K2.batch_tokens) for stage in range(16)]
+    fullest = max(each.parameters + each.gradients for each in states) / 1e9
+    assert 27 <= fullest <= 33
+    assert problem(K2, PUBLISHED, cluster("h800-256")) is None
+
+
+def test_the_published_number_of_steps() -> None:
+    assert K2.batch_tokens == 67_108_864
+    main_phases = K2.warmup_tokens + K2.stable_tokens + K2.decay_tokens
+    assert round(main_phases / K2.batch_tokens, -3) == 231_000
+
+
+@given(layers=st.integers(1, 80), chunks=st.integers(1, 80))
+def test_chunks_are_even_and_lighter_at_the_ends(layers: int, chunks: int) -> None:
+    parts = layers_of_chunks(layers, chunks)
+    assert [layer for part in parts for layer in part] == list(range(layers))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes[0], sizes[-1]) == min(sizes) or chunks <= 2 or layers % chunks in (0, chunks - 1)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "moonlight-16b", "k2-1t"])
+@pytest.mark.parametrize("pp", [1, 2, 3])
+def test_stages_hold_the_whole_model_and_do_all_its_work(preset: str, pp: int) -> None:
+    model, layout = load_config(preset).pretrain.model, Layout(pp=pp)
+    held = [stage_sizes(model, layout, stage) for stage in range(pp)]
+    assert sum(part.routed + part.shared + part.adamw for part in held) == parameter_counts(model).total
+    work = sum(stage_flops(model, layout, stage, 4096) for stage in range(pp))
+    assert isclose(work, flops_per_token(model, 4096), rel_tol=1e-12)
+
+
+def simulate(pp: int, micro_batches: int, forward: int, backward: int) -> tuple[int, list[int]]:
+    """1F1B step by step: the time until all is done, and the most micro-batches in flight on each rank."""
+    orders = []
+    for rank in range(pp):
+        warmup = min(pp - rank - 1, micro_batches)
+        steady = [kind for _ in range(micro_batches - warmup) for kind in "FB"]
+        orders.append(["F"] * warmup + steady + ["B"] * warmup)
+    done: dict[tuple[str, int, int], int] = {}
+    clocks, counts = [0] * pp, [[0, 0] for _ in range(pp)]
+    flying, most = [0] * pp, [0] * pp
+    while any(sum(count) < 2 * micro_batches for count in counts):
+        for rank in range(pp):
+            position = sum(counts[rank])
+            if position == 2 * micro_batches:
+                continue
+            kind = orders[rank][position]
+            number = counts[rank][kind == "B"]
+            needs = ("F", rank - 1, number) if kind == "F" else ("B", rank + 1, number)
+            outside = not 0 <= needs[1] < pp
+            if not outside and needs not in done:
+                continue
+            start = max(clocks[rank], 0 if outside else done[needs])
+            clocks[rank] = done[kind, rank, number] = start + (forward if kind == "F" else backward)
+            counts[rank][kind == "B"] += 1
+            flying[rank] += 1 if kind == "F" else -1
+            most[rank] = max(most[rank], flying[rank])
+    return max(clocks), most
+
+
+@pytest.mark.parametrize(("pp", "micro_batches"), [(1, 3), (2, 4), (4, 4), (4, 16), (8, 9)])
+def test_bubble_and_micro_batches_in_flight_are_those_of_a_simulated_pipeline(pp: int, micro_batches: int) -> None:
+    forward, backward = 1, 2
+    total, most = simulate(pp, micro_batches, forward, backward)
+    assert total == (micro_batches + pp - 1) * (forward + backward)
+    assert most == [in_flight(Layout(pp=pp), rank, micro_batches) for rank in range(pp)]
+    config = load_config("moonlight-16b").pretrain
+    layout = Layout(pp=pp, micro_batch_tokens=config.batch_tokens // micro_batches, recompute=False)
+    step = step_time(config.model, layout, cluster("h800-256"), config.batch_tokens, config.context_length)
+    count = layout.micro_batches(config.batch_tokens)
+    assert isclose(step.bubble / step.compute, (pp - 1) / count)
+
+
+def test_switches_save_the_memory_they_promise() -> None:
+    plain = Layout(pp=16, ep=16, recompute=False, fp8_storage=False)
+
+    def activations(layout: Layout) -> float:
+        return stage_memory(K2.model, layout, 4, K2.batch_tokens).activations
+
+    recompute = replace(plain, recompute=True)
+    stored = replace(recompute, fp8_storage=True)
+    offloaded = replace(stored, offload_activations=True)
+    assert activations(plain) > activations(recompute) > activations(stored) > activations(offloaded)
+    host = stage_memory(K2.model, offloaded, 4, K2.batch_tokens).host
+    assert host == activations(stored)
+
+
+def test_masters_and_momentum_are_divided_by_their_replicas() -> None:
+    one, four = (stage_memory(K2.model, Layout(pp=16, ep=16, dp=dp), 4, K2.batch_tokens) for dp in (1, 4))
+    assert isclose(one.optimizer, 4 * four.optimizer)
+    assert (one.parameters, one.gradients) == (four.parameters, four.gradients)
+
+
+def test_the_checkpoint_interval_loses_the_least() -> None:
+    place = cluster("h800-2048")
+    place = place.model_copy(update={"storage": place.storage.model_copy(update={"write_gb_s": 1e6})})
+    saving = checkpointing(K2, Layout(pp=16, ep=16, dp=8), place, 1.0)
+
+    def lost(interval: float) -> float:
+        return saving.stall_s / interval + interval / 2 / saving.mean_time_between_failures_s
+
+    assert lost(saving.interval_s) <= min(lost(0.9 * saving.interval_s), lost(1.1 * saving.interval_s))
+
+
+def test_the_search_is_fast_and_finds_what_fits() -> None:
+    place, started = cluster("h800-2048"), time.process_time()
+    plans = search(K2, place)
+    assert time.process_time() - started < 5
+    assert [plan.step.total for plan in plans] == sorted(plan.step.total for plan in plans)
+    for plan in plans:
+        assert problem(K2, plan.layout, place) is None
+        assert all(stage.gpu <= 75e9 for stage in plan.stages)
+    assert plans[0].step.total <= make_plan(K2, replace(PUBLISHED, dp=8), place).step.total
+
+
+def test_the_page_is_self_contained() -> None:
+    place = cluster("h800-256")
+    plan = make_plan(K2, PUBLISHED, place)
+    page = plan_page(K2, plan, place, what_if(K2, plan.layout, place))
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert len(page) < 200_000
+    for word in ("stage 15", "Helm values", "half the network", "Llama 3 report", f"{plan.days:.1f}"):
+        assert word in page
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["plan", *arguments])
+    return result.exit_code, result.output
+
+
+def test_the_command_prints_json_and_takes_its_own_layout_back() -> None:
+    code, out = run("k2-1t", "--cluster", "h800-256", "--top", "1", "--json")
+    assert code == 0
+    (best,) = json.loads(out)["plans"]
+    again = run("k2-1t", "--cluster", "h800-256", "--layout", describe(Layout(**best["layout"])), "--json")
+    assert json.loads(again[1])["plans"] == [best]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--layout", "pp=16,ep=20"],
+            "16 x 20 x 1 = 320, the cluster has 256 GPUs; the nearest",
+        ),
+        (["--layout", "pp=1,ep=256"], "ep=256 does not divide n_routed_experts=384; the nearest"),
+        (["--layout", "pp=16,ep=16"], "GB, a GPU has 75.0 to give; the nearest"),
+        (["--layout", "tp=2"], "--layout 'tp=2': write name=value; the names are pp, ep"),
+        (["--layout", "pp=x"], "--layout pp=x: must be a whole number"),
+        (["--cluster-set", "gpu.memory_gb=8"], "no layout holds the model on 256 GPUs of 8 GB"),
+        (["--cluster-set", "gpu.watts=700"], "gpu.watts: there is no field 'watts' here"),
+        (["--cluster-set", "gpu.efficiency=2"], "gpu.efficiency"),
+        (["--cluster", "absent.yaml"], "'absent.yaml': no such file; clusters that come with k2: h800-2048, h800-256"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_one_line(arguments: list[str], message: str) -> None:
+    code, out = run("k2-1t", "--cluster", "h800-256", *arguments)
+    assert code == 2
+    assert message in out
+    assert "Traceback" not in out
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "message"),
+    [
+        ("gpu", "memory_gb", "gpu.memory_gb: is missing"),
+        ("sources", "storage", "storage.write_gb_s has none"),
+    ],
+)
+def test_a_constant_without_value_or_source_is_named(tmp_path: Path, section: str, field: str, message: str) -> None:
+    values = yaml.safe_load(files("k2.planner").joinpath("clusters/h800-256.yaml").read_text())
+    del values[section][field]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(values))
+    code, out = run("k2-1t", "--cluster", str(tmp_path / "mine.yaml"))
+    assert code == 2
+    assert message in out
