@@ -27,7 +27,7 @@ $(READY): requirements.lock requirements-nodeps.lock pyproject.toml
 run: $(READY) ## the whole recipe on this machine
 	$(BIN)/k2 run
 
-nano: $(READY) ## the whole recipe in about a minute
+nano: $(READY) ## the whole recipe in under a minute
 	$(BIN)/k2 run --preset nano
 
 test: lint ## lint and all tests
@@ -43,7 +43,7 @@ format: $(READY) ## put the code into its canonical form
 	$(BIN)/ruff format .
 
 compile: $(READY) ## render the pipelines for Kubeflow into pipelines/compiled
-	$(BIN)/k2 pipeline compile pipelines/compiled/k2.yaml
+	$(BIN)/k2 pipeline compile --deployment pipelines/deployments/gpu.yaml --revision 0000000000000000000000000000000000000000 --out pipelines/compiled
 
 bench: $(READY) ## all benchmarks
 	for topic in $$($(BIN)/k2 bench); do $(BIN)/k2 bench $$topic; done
