@@ -3,7 +3,7 @@
 import json
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,11 @@ CUSTOM = yaml.safe_load((Path(__file__).with_name("schemas.yaml")).read_text())
 kubernetes_validate.utils.schema_contents = cache(kubernetes_validate.utils.schema_contents)
 
 Object = dict[str, Any]
+OPERATORS: dict[str, Callable[[str | None, list[str]], bool]] = {
+    "In": lambda value, values: value in values,
+    "NotIn": lambda value, values: value not in values,
+    "Exists": lambda value, _: value is not None,
+}
 
 
 def tool(name: str) -> str:
@@ -135,9 +140,8 @@ def allowed(policies: list[Object], labels: dict[str, str], direction: str) -> l
 
 
 def selects(selector: Object, labels: dict[str, str]) -> bool:
-    """Whether a label selector with matchLabels and `In` expressions selects."""
-    expressions = selector.get("matchExpressions", [])
-    assert all(each["operator"] == "In" for each in expressions)
+    """Whether a label selector selects a pod with these labels."""
     return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
-        labels.get(each["key"]) in each["values"] for each in expressions
+        OPERATORS[each["operator"]](labels.get(each["key"]), each.get("values", []))
+        for each in selector.get("matchExpressions", [])
     )

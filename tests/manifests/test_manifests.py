@@ -17,6 +17,7 @@ from urllib3.exceptions import HTTPError
 
 from k2.config.deployment import Deployment
 from k2.config.quantity import amount
+from k2.platform import pods
 from k2.store.embedded import free_ports
 from tests.manifests.render import (
     ROOT,
@@ -38,6 +39,10 @@ CLUSTER_SCOPED = {"Namespace", "PriorityClass", "ResourceFlavor", "ClusterQueue"
     "ClusterTrainingRuntime"
 }
 K2 = {"app.kubernetes.io/part-of": "k2"}
+STEP = K2 | {"app.kubernetes.io/component": "sft", "workflows.argoproj.io/workflow": "k2-abcde"}
+RANK = K2 | {"app.kubernetes.io/component": "pretrain", "batch.kubernetes.io/job-name": "k2-run-pretrain-node-0"}
+PLATFORM = K2 | {"app.kubernetes.io/component": "platform", "batch.kubernetes.io/job-name": "k2-pipeline-upload"}
+SANDBOX = K2 | {"app.kubernetes.io/component": "sandbox"}
 
 
 def of_kind(path: str, kind: str) -> list[Object]:
@@ -144,18 +149,42 @@ def test_every_pod_is_restricted(path: str) -> None:
 @pytest.mark.parametrize("kind", OVERLAYS)
 def test_network_policies_deny_what_they_do_not_name(kind: str) -> None:
     policies = of_kind(overlay(kind), "NetworkPolicy")
-    sandbox = K2 | {"app.kubernetes.io/component": "sandbox"}
-    assert allowed(policies, sandbox, "egress") == allowed(policies, sandbox, "ingress") == []
-    unlabelled = K2
-    assert allowed(policies, unlabelled, "egress") == []
-    rank = K2 | {"app.kubernetes.io/component": "rank"}
-    ports = {port["port"] for rule in allowed(policies, rank, "egress") for port in rule.get("ports", [])}
-    assert 6443 not in ports
-    assert 53 in ports
-    peers = [to for rule in allowed(policies, rank, "egress") if "ports" not in rule for to in rule["to"]]
+    assert allowed(policies, SANDBOX, "egress") == allowed(policies, SANDBOX, "ingress") == []
+    assert 6443 in ports(policies, STEP)
+    assert {8888, 53} <= ports(policies, STEP) & ports(policies, PLATFORM)
+    assert not {6443, 8888} & ports(policies, RANK)
+    assert 53 in ports(policies, RANK)
+    peers = [to for rule in allowed(policies, RANK, "egress") if "ports" not in rule for to in rule["to"]]
     assert len(peers) == 1
-    assert selects(peers[0]["podSelector"], rank)
-    assert not selects(peers[0]["podSelector"], sandbox)
+    assert selects(peers[0]["podSelector"], RANK)
+    for other in (SANDBOX, STEP, PLATFORM):
+        assert not selects(peers[0]["podSelector"], other)
+        assert not [rule for rule in allowed(policies, other, "egress") if "ports" not in rule]
+
+
+def ports(policies: list[Object], labels: dict[str, str]) -> set[int]:
+    """What a pod may connect to."""
+    return {port["port"] for rule in allowed(policies, labels, "egress") for port in rule.get("ports", [])}
+
+
+def test_pods_of_steps_have_the_labels_that_policies_look_for() -> None:
+    """Argo and the Job controller add theirs; the rest is what `k2 pipeline compile` and the runtimes write."""
+    deployment = Deployment.model_validate(yaml.safe_load((ROOT / "pipelines/deployments/cpu.yaml").read_text()))
+    written = pods.labels(deployment.placement("pretrain"))
+    assert K2.items() <= written.items()
+    assert selects(policy("k2-step")["podSelector"], written | {"workflows.argoproj.io/workflow": "w"})
+    assert selects(policy("k2-rank")["podSelector"], written | {"batch.kubernetes.io/job-name": "j"})
+    for thing in kustomize(overlay("prod")):
+        for template in pod_templates(thing):
+            marked = template["metadata"]["labels"] | {"batch.kubernetes.io/job-name": "j"}
+            assert selects(policy("k2-rank")["podSelector"], marked) == (thing["kind"] == "TrainingRuntime")
+
+
+def policy(wanted: str) -> Object:
+    found: Object = next(
+        each["spec"] for each in of_kind("manifests/base", "NetworkPolicy") if name(each).endswith(wanted)
+    )
+    return found
 
 
 @pytest.mark.parametrize("kind", OVERLAYS)
@@ -173,8 +202,8 @@ def test_in_dev_runs_reach_the_store_inside_and_only_its_s3_port() -> None:
     (rule,) = allowed(policies, store, "ingress")
     assert [port["port"] for port in rule["ports"]] == [8333]
     assert allowed(policies, store, "egress") == []
-    for component in ("stage", "rank", "platform"):
-        pod = K2 | {"app.kubernetes.io/component": component}
+    assert not selects(rule["from"][0]["podSelector"], SANDBOX)
+    for pod in (STEP, RANK, PLATFORM):
         assert selects(rule["from"][0]["podSelector"], pod)
         reached = [to for each in allowed(policies, pod, "egress") for to in each["to"] if "podSelector" in to]
         assert any(selects(to["podSelector"], store) for to in reached)

@@ -11,19 +11,6 @@ k2.dev/{{ $name }}: {{ $value | quote }}
 {{- end }}
 {{- end }}
 
-{{/* Labels by which policies and selectors find a pod: never a version, since selectors cannot change. */}}
-{{- define "k2.role" -}}
-app.kubernetes.io/component: {{ . }}
-app.kubernetes.io/part-of: k2
-{{- end }}
-
-{{/* Pods of these roles. Usage: include "k2.roles" (list "stage" "rank") */}}
-{{- define "k2.roles" -}}
-matchLabels: {app.kubernetes.io/part-of: k2}
-matchExpressions:
-  - {key: app.kubernetes.io/component, operator: In, values: [{{ join ", " . }}]}
-{{- end }}
-
 {{/* An image by digest. Usage: include "k2.image" (list $ "cpu") */}}
 {{- define "k2.image" -}}
 {{- $values := (index . 0).Values -}}
