@@ -115,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
             result = self._route(f"{self.command} {url.path.removeprefix(PREFIX)}", query, body)
             status = 200
         except Refused as error:
-            status, result = error.status, {"code": 1, "message": str(error)}
+            key = "error_message" if "upload" in url.path else "message"
+            status, result = error.status, {key: str(error)}
         data = json.dumps(result).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -161,8 +162,8 @@ def _page(state: Kubeflow, table: str, answer: str, query: dict[str, str], **equ
         assert predicate["operation"] == "EQUALS"
         equal[predicate["key"]] = predicate["stringValue"]
     if table != "versions":
-        if bool(query.get("namespace")) != state.multi_user:
-            raise Refused(400, "a namespace is given in multi-user mode, and only there")
+        if state.multi_user and not query.get("namespace"):
+            raise Refused(400, "a namespace is needed in multi-user mode")
         equal |= {"namespace": query["namespace"]} if state.multi_user else {}
     rows = [row for row in rows if all(row.get(key) == value for key, value in equal.items())]
     start, size = int(query.get("page_token") or 0), min(int(query.get("page_size") or 10), 3)
@@ -181,12 +182,15 @@ def _upload(state: Kubeflow, groups: tuple[str, ...], query: dict[str, str], bod
     state.get("pipelines", query["pipelineid"])
     if any(row["name"] == query["name"] for row in state.rows("versions")):
         raise Refused(409, "already exists")
+    tags = json.loads(query["tags"])
+    if any("." in key or len(key) > 63 or len(value) > 63 for key, value in tags.items()):
+        raise Refused(400, "tags: keys without dots, keys and values of at most 63 characters")
     spec, platform = yaml.load_all(body["file"], Loader=yaml.CSafeLoader)
     row = {
         "pipeline_id": query["pipelineid"],
         "name": query["name"],
         "display_name": query["display_name"],
-        "tags": json.loads(query["tags"]),
+        "tags": tags,
         "pipeline_spec": {"pipeline_spec": spec, "platform_spec": platform},
     }
     return state.insert("versions", "pipeline_version_id", row)

@@ -46,8 +46,8 @@ def test_upload_is_idempotent_by_content(api: PipelinesApi, kubeflow: fake.Kubef
     assert upload(api, altered(rendering, 2), "").new
     first, second = reversed(kubeflow.rows("versions"))
     assert first["name"] == rendering.version
-    assert first["tags"] == {"k2.dev/spec": rendering.digest, "k2.dev/revision": "abc"}
-    assert second["tags"].keys() == {"k2.dev/spec"}
+    assert first["tags"] == {"k2-spec": rendering.digest, "k2-revision": "abc"}
+    assert second["tags"].keys() == {"k2-spec"}
     assert len(kubeflow.rows("pipelines")) == 1
 
 
@@ -69,7 +69,7 @@ def test_a_version_with_another_digest_in_its_tags_is_refused(
     api: PipelinesApi, kubeflow: fake.Kubeflow, rendering: Rendering
 ) -> None:
     upload(api, rendering, "")
-    next(iter(kubeflow.tables["versions"].values()))["tags"][SPEC_TAG] = "0" * 64
+    next(iter(kubeflow.tables["versions"].values()))["tags"][SPEC_TAG] = "0" * 40
     with pytest.raises(UserError, match="other content"):
         upload(api, rendering, "")
     assert len(kubeflow.rows("versions")) == 1
@@ -304,6 +304,13 @@ def test_an_install_for_many_needs_the_namespace_and_gets_it(kubeflow: fake.Kube
     kubeflow.multi_user = False
     with pytest.raises(UserError, match="has one namespace for all; set it to false"):
         api.check()
+
+
+def test_the_upload_s_own_form_of_errors_is_understood(
+    api: PipelinesApi, kubeflow: fake.Kubeflow, rendering: Rendering
+) -> None:
+    with pytest.raises(ApiError, match="404 pipelines nope not found"):
+        api.upload_version("nope", rendering, "")
 
 
 def test_reads_are_retried_and_writes_are_not(api: PipelinesApi, kubeflow: fake.Kubeflow) -> None:

@@ -17,7 +17,7 @@ from k2.config.quantity import amount
 from k2.errors import UserError
 from k2.execution.registry import STAGES
 from k2.platform.pods import LAUNCH_VARIABLE, environment, labels
-from k2.platform.render import MAX_BYTES, PIPELINES, Rendering, render, spec_digest
+from k2.platform.render import MAX_BYTES, PIPELINES, RECIPES, Rendering, render, spec_digest
 
 ROOT = Path(__file__).parents[2]
 COMPILED = ROOT / "pipelines" / "compiled"
@@ -30,7 +30,7 @@ def deployment(request: pytest.FixtureRequest) -> Deployment:
     return value
 
 
-@pytest.fixture(scope="module", params=sorted(PIPELINES))
+@pytest.fixture(scope="module", params=RECIPES)
 def rendering(request: pytest.FixtureRequest, deployment: Deployment) -> Rendering:
     return render(request.param, deployment)
 
@@ -215,11 +215,9 @@ def test_resources_are_kept_by_gitops_and_carry_the_commit(gpu: Deployment) -> N
         assert each["metadata"]["annotations"]["argocd.argoproj.io/sync-options"] == "Prune=false,ServerSideApply=true"
         assert each["metadata"]["namespace"] == "team-a"
     assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"] == "k2"
-    assert version["spec"]["tags"]["k2.dev/revision"] == "abc"
+    assert version["spec"]["tags"]["k2-revision"] == "abc"
     assert (
-        version["metadata"]["name"]
-        == version["spec"]["displayName"]
-        == f"k2-{version['spec']['tags']['k2.dev/spec'][:12]}"
+        version["metadata"]["name"] == version["spec"]["displayName"] == f"k2-{version['spec']['tags']['k2-spec'][:12]}"
     )
 
 
@@ -254,8 +252,36 @@ def test_compile_says_what_it_wrote(tmp_path: Path) -> None:
     assert version in (tmp_path / "k2.resources.yaml").read_text()
 
 
+@pytest.mark.parametrize("name", sorted(set(PIPELINES) - set(RECIPES)))
+def test_studies_are_placed_too(name: str, gpu: Deployment) -> None:
+    """Every training of a study runs where pretraining does."""
+    rendered = render(name, gpu)
+    assert len(rendered.ir().encode()) <= MAX_BYTES
+    assert not [task for task, spec in tasks(rendered.spec) if spec.get("cachingOptions")]
+    for task, container, settings in placed(rendered):
+        assert container["image"] == gpu.images["cpu"], task
+        assert settings["securityContext"]["runAsNonRoot"] is True
+        launched = LAUNCH_VARIABLE in {each["name"] for each in container["env"]}
+        assert launched == (task.startswith("arm") or task == "rephrase"), task
+
+
+def test_before_2_17_the_limits_of_a_whole_run_are_left_out(cpu: Deployment) -> None:
+    timeouts = cpu.timeouts.model_copy(update={"run_hours": None, "keep_hours": None})
+    old = render("k2", cpu.model_copy(update={"timeouts": timeouts}))
+    assert "pipelineConfig" not in json.dumps(old.platform)
+
+
+def test_tags_fit_kubeflow_s_limits(gpu: Deployment) -> None:
+    tags = render("k2", gpu).tags("0" * 40)
+    assert all("." not in key and len(key) <= 63 and len(value) <= 63 for key, value in tags.items())
+    with pytest.raises(UserError, match="--revision: 64 characters, over 63"):
+        render("k2", gpu).tags("0" * 64)
+
+
 def test_an_unknown_pipeline_and_one_that_is_too_large_are_refused(gpu: Deployment) -> None:
-    with pytest.raises(UserError, match="pipeline 'k3': there is none; the pipelines are k2, k2-retrain"):
+    with pytest.raises(
+        UserError, match="pipeline 'k3': there is none; the pipelines are k2, k2-retrain, ablation-heads"
+    ):
         render("k3", gpu)
     with pytest.raises(UserError, match="over 204800"):
         Rendering("k2", "", {"x": "a" * MAX_BYTES}, {}).ir()

@@ -40,7 +40,9 @@ def _revision(command: Command) -> Command:
 
 
 def _names(command: Command) -> Command:
-    return click.option("--pipeline", "names", multiple=True, help="Only this pipeline; repeatable.")(command)
+    return click.option(
+        "--pipeline", "names", multiple=True, help="This pipeline instead of k2 and k2-retrain; repeatable."
+    )(command)
 
 
 @pipeline.command(name="compile")
@@ -176,10 +178,10 @@ def _deployment(file: Path) -> "Deployment":
 
 
 def _render(file: Path, names: tuple[str, ...]) -> "tuple[Deployment, list[Rendering]]":
-    from k2.platform.render import PIPELINES, render
+    from k2.platform.render import RECIPES, render
 
     deployment = _deployment(file)
-    return deployment, [render(name, deployment) for name in names or PIPELINES]
+    return deployment, [render(name, deployment) for name in names or RECIPES]
 
 
 COMMANDS = (pipeline,)

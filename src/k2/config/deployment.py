@@ -185,8 +185,10 @@ class Timeouts(Section):
     task_hours: float = setting(24.0, "one task, once it runs", gt=0)
     stages: dict[str, float] = setting({}, "stage -> hours, where it differs")
     queue_hours: float = setting(24.0, "waiting for a queue", gt=0)
-    run_hours: float = setting(336.0, "a whole run", gt=0)
-    keep_hours: float = setting(72.0, "a finished run's pods and their logs stay", gt=0)
+    run_hours: float | None = setting(336.0, "a whole run; null: no limit, as servers before 2.17 need it", gt=0)
+    keep_hours: float | None = setting(
+        72.0, "a finished run's pods and their logs stay; null: the server's choice, as before 2.17", gt=0
+    )
 
 
 class Placement(Section):

@@ -257,8 +257,10 @@ _REFUSALS = {
 def _reason(error: Any) -> str:
     """One line: the server's message and, where it helps, what to do."""
     try:
-        message = str(json.loads(error.body or "")["message"])
-    except (ValueError, KeyError, TypeError):
+        said = json.loads(error.body or "{}")
+        # Uploads answer in a form of their own.
+        message = str(said.get("message") or said["error_message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         message = str(error.reason or "no reason given")
     line = " ".join(message.split())[:300]
     remedy = _REFUSALS.get(error.status)

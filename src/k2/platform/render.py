@@ -13,14 +13,27 @@ from k2.config.base import canonical_json
 from k2.config.deployment import Deployment
 from k2.errors import UserError
 
-PIPELINES = {"k2": ("pipelines.k2", "k2"), "k2-retrain": ("pipelines.retrain", "retrain")}
+PIPELINES = {
+    "k2": ("pipelines.k2", "k2"),
+    "k2-retrain": ("pipelines.retrain", "retrain"),
+    "ablation-heads": ("pipelines.ablations.heads", "heads"),
+    "ablation-muonclip-vs-adamw": ("pipelines.ablations.muonclip_vs_adamw", "muonclip_vs_adamw"),
+    "ablation-qk-clip": ("pipelines.ablations.qk_clip", "qk_clip"),
+    "ablation-sparsity": ("pipelines.ablations.sparsity", "sparsity"),
+}
 """Pipeline -> module and function."""
+
+RECIPES = ("k2", "k2-retrain")
+"""The pipelines that are delivered unless others are named."""
 
 MAX_BYTES = 200 * 1024
 """Bytes of a compiled pipeline: applying it stays far from the API server's limits."""
 
-SPEC_TAG = "k2.dev/spec"
-REVISION_TAG = "k2.dev/revision"
+SPEC_TAG = "k2-spec"
+REVISION_TAG = "k2-revision"
+TAG_LENGTH = 63
+"""Kubeflow's limit for the keys and values of tags; keys have no dots."""
+
 _GROUP = "pipelines.kubeflow.org/v2beta1"
 _KEEP = {
     "argocd.argoproj.io/sync-options": "Prune=false,ServerSideApply=true",
@@ -41,7 +54,7 @@ class Rendering:
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of everything that a run of it is made of."""
+        """Names everything that a run of it is made of."""
         return spec_digest(self.spec, self.platform)
 
     @property
@@ -50,7 +63,13 @@ class Rendering:
         return f"{self.pipeline}-{self.digest[:12]}"
 
     def tags(self, revision: str) -> dict[str, str]:
-        """What the UI shows beside the version."""
+        """What the UI shows beside the version.
+
+        Raises:
+            UserError: the revision is too long for a tag.
+        """
+        if len(revision) > TAG_LENGTH:
+            raise UserError(f"--revision: {len(revision)} characters, over {TAG_LENGTH}; give the commit's hash")
         return {SPEC_TAG: self.digest} | ({REVISION_TAG: revision} if revision else {})
 
     def ir(self) -> str:
@@ -99,21 +118,28 @@ def render(pipeline: str, deployment: Deployment) -> Rendering:
     with warnings.catch_warnings(), placed(deployment):
         warnings.simplefilter("ignore")
         local = getattr(importlib.import_module(module), function)
-        limits = dsl.PipelineConfig(
-            active_deadline_seconds=int(3600 * deployment.timeouts.run_hours),
-            ttl_seconds_after_finished=int(3600 * deployment.timeouts.keep_hours),
-        )
         about = local.component_spec.description
+        limits = dsl.PipelineConfig(
+            active_deadline_seconds=_seconds(deployment.timeouts.run_hours),
+            ttl_seconds_after_finished=_seconds(deployment.timeouts.keep_hours),
+        )
         built = dsl.pipeline(name=pipeline, description=about, pipeline_config=limits)(local.pipeline_func)
     spec = MessageToDict(built.pipeline_spec)
     _turn_caches_off(spec)
     return Rendering(pipeline, about, spec, MessageToDict(built.platform_spec))
 
 
+def _seconds(hours: float | None) -> int | None:
+    return None if hours is None else int(3600 * hours)
+
+
 def spec_digest(spec: Any, platform: Any) -> str:
-    """Hex SHA-256 of a pipeline and its placement; numbers count by value, as KFP's API returns 1 for 1.0."""
+    """160 bits of the SHA-256 of a pipeline and its placement, in hex, which fit a tag.
+
+    Numbers count by value, as KFP's API returns 1 for 1.0.
+    """
     plain = json.loads(canonical_json([spec, platform]), parse_int=float)
-    return hashlib.sha256(canonical_json(plain).encode()).hexdigest()
+    return hashlib.sha256(canonical_json(plain).encode()).hexdigest()[:40]
 
 
 def _turn_caches_off(node: Any) -> None:
