@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 CACHE = Path.home() / ".cache" / "k2" / "images"
 LOCKS = ("requirements.lock", "requirements-nodeps.lock", "pyproject.toml")
 CONTEXT = (*LOCKS, "README.md", "LICENSE", "src", "components", "pipelines", "images/finish.py")
-DEBIAN = "localhost/k2/python:3.11-debian12"
+PACKAGES = "ca-certificates,git,python3,python3-pip,python3-venv"
+DEBIAN = f"localhost/k2/python:3.11-debian12-{hashlib.sha256(PACKAGES.encode()).hexdigest()[:8]}"
 
 
 def files() -> list[Path]:
@@ -92,7 +93,7 @@ def _bootstrap(tar: Path) -> list[str]:
     left_out = ("path-exclude=/usr/share/man/*", "path-exclude=/usr/share/locale/*", "path-exclude=/usr/share/doc/*")
     clean = 'rm -rf "$1"/usr/lib/python3*/EXTERNALLY-MANAGED "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*.bin'
     return [
-        *("mmdebstrap", "--quiet", "--variant=minbase", "--include=ca-certificates,python3,python3-pip,python3-venv"),
+        *("mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}"),
         *(f"--dpkgopt={option}" for option in (*left_out, "path-include=/usr/share/doc/*/copyright")),
         *(f"--customize-hook={clean}", "bookworm", str(tar), "-"),
     ]
@@ -116,11 +117,12 @@ def build(kind: str, base: str, *, offline: bool) -> str:
 
 
 def _offline(context: Path) -> list[str]:
-    """No network in the build: pip finds wheels in a mounted folder, nothing is compiled."""
+    """No network in the build: wheels come from a mounted folder, packages of the system from the base."""
     config = context / "pip.conf"
     config.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
     volumes = ["--volume", f"{wheelhouse()}:/wheels:ro", "--volume", f"{config}:/etc/pip.conf:ro"]
-    return [*volumes, *("--build-arg", "BUILD_PACKAGES="), *("--build-arg", "TORCH_INDEX=")]
+    empty = ("BUILD_PACKAGES", "RUNTIME_PACKAGES", "TORCH_INDEX")
+    return [*volumes, *(f"--build-arg={name}=" for name in empty)]
 
 
 def revision() -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 SITE = Path(sysconfig.get_paths()["purelib"])
 UNUSED = (
     *("torch/test", "torch/include", "torch/share", "torch/bin/protoc*", "torch/bin/*Test", "torch/bin/test*"),
-    *("pyarrow/include", "pyarrow/src", "pyarrow/tests", "pyarrow/libarrow_flight*", "pyarrow/libarrow_substrait*"),
-    *("pyarrow/_flight*", "pyarrow/_substrait*", "pyarrow/libarrow_python_flight*", "numpy/_core/include"),
+    *("pyarrow/include", "pyarrow/src", "pyarrow/tests", "pyarrow/libarrow_flight*"),
+    *("pyarrow/_flight*", "pyarrow/libarrow_python_flight*", "numpy/_core/include"),
     *("**/*.a", "datatrove/**/tests", "matplotlib/tests", "mpl_toolkits/**/tests", "networkx/**/tests"),
     *("numpy/**/tests", "scipy/**/tests", "sklearn/**/tests", "sympy/**/tests"),
 )
