@@ -1,18 +1,17 @@
 """Kernels run in Triton's interpreter here; the switch must be set before Triton is imported."""
 
 import os
-import sys
 
 import pytest
 import torch
 
-INTERPRETER = {"TRITON_INTERPRET": "1"}
+os.environ["TRITON_INTERPRET"] = "1"
 
-if "triton" not in sys.modules:
-    os.environ.update(INTERPRETER)
+from k2.kernels import runtime
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test draws the same numbers in any order."""
+    """Every test draws the same numbers in any order, and none compares a reference with itself."""
+    assert runtime.INTERPRETING, "Triton was imported before tests/kernels/conftest.py could choose the interpreter"
     torch.manual_seed(0)

@@ -38,6 +38,23 @@ def test_output_maximum_and_gradients(lengths, heads, widths, size):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=2e-5 * size)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    """Inputs, probabilities and results are rounded; sums are not."""
+    documents = Documents.of(torch.tensor([0, 33, 80]), 80)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in draw(80, 2, (16, 16, 16), 1.0)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    out, top = mla_attention(*inputs, documents, 0.3)
+    expected, expected_top = reference(*wide, documents, 0.3)
+    grad = torch.randn(80, 2, 16).to(dtype)
+    ours, theirs = torch.autograd.grad(out, inputs, grad), torch.autograd.grad(expected, wide, grad.double())
+    assert top.dtype == torch.float32
+    torch.testing.assert_close(top.double(), expected_top, rtol=1e-5, atol=1e-6)
+    for got, want in zip((out, *ours), (expected, *theirs), strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - want).norm() / want.norm() < torch.finfo(dtype).eps
+
+
 def test_a_maximum_may_be_negative():
     """Every logit that is seen is below zero; masked pairs and the padding of tiles must not raise the maximum."""
     ones = torch.ones(40, 1, 16)

@@ -27,12 +27,16 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Budget:
-    """What one kernel takes on one architecture; `tensor_core` counts matrix instructions in the PTX by name."""
+    """What one kernel takes on one architecture.
+
+    tensor_columns: of the tensor memory of sm_100. tensor_core: matrix instructions in the PTX, counted by name.
+    """
 
     registers: int
     spill_bytes: int
     stack_bytes: int
     shared_bytes: int
+    tensor_columns: int
     warps: int
     stages: int
     tensor_core: dict[str, int]
@@ -78,11 +82,17 @@ def compile_launch(launch: Launch, arch: int) -> tuple[Budget, Any]:
     stack, stores, loads = map(int, _found(ASSEMBLER, log.getvalue()))
     (registers,) = map(int, _found(REGISTERS, log.getvalue()))
     counts = {name: len(re.findall(pattern, kernel.asm["ptx"])) for name, pattern in TENSOR_CORE.items()}
-    tile = launch.tile(arch)
+    tile, metadata = launch.tile(arch), kernel.metadata
     budget = Budget(
-        registers, stores + loads, stack, kernel.metadata.shared, tile.num_warps, tile.num_stages,
-        {name: count for name, count in counts.items() if count},
-    )  # fmt: skip
+        registers=registers,
+        spill_bytes=stores + loads,
+        stack_bytes=stack,
+        shared_bytes=metadata.shared,
+        tensor_columns=metadata.tmem_size or 0,
+        warps=tile.num_warps,
+        stages=tile.num_stages,
+        tensor_core={name: count for name, count in counts.items() if count},
+    )
     return budget, kernel
 
 

@@ -1,8 +1,8 @@
 """The committed table of what every kernel takes on every architecture: `python -m k2.kernels.budgets`.
 
-Without arguments it compiles everything and writes the table and the tables of docs/kernels.md; with `--check` it
-compares instead, and `--arch 90` compiles that architecture only. A row whose kernel did not change is not in doubt:
-`stale` tells from the kernels' own IR, without compiling machine code, which rows are.
+Without arguments it compiles everything and writes the table; with `--check` it compares instead, and `--arch 90`
+compiles that architecture only. A row whose kernel did not change is not in doubt: `stale` tells from the kernels' own
+IR, without making machine code, which rows are. `python -m k2.kernels.roofline docs/kernels.md` then writes the page.
 """
 
 import argparse
@@ -20,7 +20,20 @@ from k2.kernels.launch import Launch
 
 TABLE = Path(__file__).with_name("budgets.json")
 ARCHITECTURES = (80, 90, 100)
-MODULES = ("grouped_gemm", "swiglu", "rms_norm", "attention")
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+"""What one program may have at most."""
+TENSOR_COLUMNS = 512
+MODULES = (
+    "grouped_gemm",
+    "swiglu",
+    "rms_norm",
+    "attention",
+    "linear_cross_entropy",
+    "symmetric",
+    "router",
+    "int4",
+    "fp8",
+)
 
 Rows = dict[str, dict[str, Any]]
 """Budgets by "<kernel> sm_<architecture>"."""
@@ -62,15 +75,17 @@ def stale() -> list[str]:
 
 
 def faults(rows: Rows) -> list[str]:
-    """What no kernel may do: spill on sm_90, or multiply matrices without tensor cores anywhere."""
+    """What no kernel may do: spill, multiply matrices without tensor cores, or take more memory than there is."""
     matrix = {launch.name for launch in launches() if launch.matrix}
     found = []
     for name, row in rows.items():
         kernel, arch = name.split()
-        if arch == "sm_90" and row["spill_bytes"]:
+        if row["spill_bytes"]:
             found.append(f"{name} spills {row['spill_bytes']} bytes")
         if kernel in matrix and not row["tensor_core"]:
             found.append(f"{name} uses no tensor cores")
+        if row["shared_bytes"] > SHARED_BYTES[arch] or row["tensor_columns"] > TENSOR_COLUMNS:
+            found.append(f"{name} does not fit")
     return found
 
 

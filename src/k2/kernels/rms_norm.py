@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from k2.kernels.launch import Launch, Work
 from k2.kernels.runtime import Float, Int, Ptr, Tile, blocks, jit, rounded, runs_here, tile_for
 
-TILES = {arch: Tile({"ROWS": 16}, num_warps=16) for arch in (80, 90, 100)}
-"""A program of the backward pass sums the weight's gradient over ROWS rows; one of the forward pass has one row."""
+TILES = {arch: Tile({}, num_warps=16) for arch in (80, 90, 100)}
+BACKWARD_TILES = {arch: Tile({"ROWS": 16}, num_warps=32) for arch in (80, 90, 100)}
+"""A program of the backward pass sums the weight's gradient over ROWS rows."""
 
 
 @jit
@@ -63,8 +64,8 @@ class _RMSNorm(torch.autograd.Function):
         N, D = x_ND.shape
         y_ND = torch.empty_like(x_ND)
         if N:
-            warps = tile_for(TILES, x_ND).num_warps
-            forward_kernel[(N,)](x_ND, weight_D, y_ND, D, eps, WIDTH=triton.next_power_of_2(D), num_warps=warps)
+            options = tile_for(TILES, x_ND).options()
+            forward_kernel[(N,)](x_ND, weight_D, y_ND, D, eps, WIDTH=triton.next_power_of_2(D), **options)
         return y_ND
 
     @staticmethod
@@ -72,7 +73,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None]:
         x_ND, weight_D = ctx.saved_tensors
         N, D = x_ND.shape
-        tile = tile_for(TILES, x_ND)
+        tile = tile_for(BACKWARD_TILES, x_ND)
         grad_x = torch.empty_like(x_ND)
         programs = blocks(N, tile.sizes["ROWS"])
         partial_PD = x_ND.new_empty(programs, D, dtype=torch.float32)
@@ -100,7 +101,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def _launches() -> tuple[Launch, ...]:
-    N, D, rows = 4096, 7168, TILES[90].sizes["ROWS"]
+    N, D, rows = 4096, 7168, BACKWARD_TILES[90].sizes["ROWS"]
     arguments: dict[str, str | int] = dict.fromkeys(("x_ND", "y_ND", "g_ND", "dx_ND"), "*bf16")
     arguments |= {"w_D": "*fp32", "dw_PD": "*fp32", "N": N, "D": D, "eps": "fp32"}
     width = {"WIDTH": triton.next_power_of_2(D)}
@@ -110,7 +111,7 @@ def _launches() -> tuple[Launch, ...]:
     size = f"{N} rows of {D}"
     return (
         Launch("rms_norm.forward", size, forward_kernel, TILES, arguments, forward, width),
-        Launch("rms_norm.backward", size, backward_kernel, TILES, arguments, backward, width),
+        Launch("rms_norm.backward", size, backward_kernel, BACKWARD_TILES, arguments, backward, width),
     )
 
 

@@ -89,10 +89,10 @@ def dot(a: Block, b: Block, accumulator: Block) -> Block:
 
 @jit
 def rounded(x: Block, dtype: tl.constexpr) -> Block:
-    """float32 to `dtype`, to nearest even; the interpreter truncates to bfloat16, so its bits are rounded first."""
+    """float32 to `dtype`, to nearest even; the interpreter would truncate to bfloat16, so its bits are made here."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return x.to(dtype)
 
 
