@@ -7,9 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 
+from k2.cli import main
 from k2.config.deployment import Deployment
 from tests.manifests.render import (
     ROOT,
@@ -42,6 +44,7 @@ TOGGLES = [
     "delivery=none",
     "quota.pods=10",
     "pullSecrets={a,b}",
+    "schedules[0].name=x,schedules[0].cron=0 3 * * *,schedules[0].pipeline=k2,schedules[0].parameters.preset=nano",
 ]
 OPERATORS = {"kueue", "trainer", "monitoring", "externalSecrets"}
 HELM_LABELS = {
@@ -109,6 +112,7 @@ def check(objects: tuple[Object, ...]) -> None:
         ("deployment.images.cpu=x", "images"),
         ("labels.team=a b", "team"),
         ("delivery=pigeon", "delivery"),
+        ("schedules[0].name=n,schedules[0].pipeline=k2,schedules[0].cron=daily", "cron"),
     ],
 )
 def test_wrong_values_are_refused_by_name(setting: str, field: str) -> None:
@@ -234,6 +238,26 @@ def test_cluster_wide_runtimes_are_the_same_too() -> None:
     runtimes = {key: value["spec"] for key, value in chart.items() if key.startswith("ClusterTrainingRuntime/")}
     assert runtimes == {key: theirs[key]["spec"] for key in runtimes}
     assert len(runtimes) == 2
+
+
+def test_jobs_of_the_platform_call_commands_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("K2_DEPLOYMENT", "/etc/k2/deployment.yaml")
+    calls = [
+        template["spec"]["containers"][0]["command"]
+        for each in rendered("--set", TOGGLES[-1])
+        if each["kind"] in ("Job", "CronJob")
+        for template in pod_templates(each)
+    ]
+    assert len(calls) == 2
+    for program, *arguments in calls:
+        assert program == "k2"
+        group: click.Command = main
+        context = click.Context(main)
+        while isinstance(group, click.Group):
+            _, found, arguments = group.resolve_command(context, arguments)
+            assert found is not None
+            group = found
+        group.make_context(group.name, list(arguments), parent=context)
 
 
 def test_notes_say_what_is_left_to_do() -> None:

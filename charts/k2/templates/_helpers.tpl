@@ -34,3 +34,50 @@ capabilities: {drop: [ALL]}
 {{- define "k2.block" -}}
 {cidr: {{ . }}{{ if eq . "0.0.0.0/0" }}, except: [169.254.0.0/16]{{ end }}}
 {{- end }}
+
+{{/* A pod that talks to Kubeflow's API server. Usage: include "k2.platformPod" (list $ "name" (list "k2" "pipeline" "upload")) */}}
+{{- define "k2.platformPod" -}}
+{{- $ := index . 0 -}}
+metadata:
+  labels:
+    app.kubernetes.io/name: k2
+    app.kubernetes.io/component: platform
+    app.kubernetes.io/part-of: k2
+    sidecar.istio.io/inject: "false"
+spec:
+  serviceAccountName: k2-platform
+  automountServiceAccountToken: false
+  enableServiceLinks: false
+  restartPolicy: Never
+  priorityClassName: k2-platform
+  securityContext:
+    {{- include "k2.podSecurity" $ | nindent 4 }}
+  containers:
+    - name: {{ index . 1 }}
+      image: {{ include "k2.image" (list $ "cpu") }}
+      command: {{ index . 2 | toJson }}
+      env:
+        - {name: K2_DEPLOYMENT, value: /etc/k2/deployment.yaml}
+        - {name: KF_PIPELINES_SA_TOKEN_PATH, value: /var/run/secrets/kubeflow/pipelines/token}
+        - {name: HOME, value: /tmp}
+        - {name: K2_HOME, value: /tmp/k2}
+      resources:
+        requests: {cpu: 100m, memory: 512Mi, ephemeral-storage: 64Mi}
+        limits: {memory: 512Mi, ephemeral-storage: 256Mi}
+      securityContext:
+        {{- include "k2.containerSecurity" $ | nindent 8 }}
+      volumeMounts:
+        - {name: deployment, mountPath: /etc/k2, readOnly: true}
+        - {name: token, mountPath: /var/run/secrets/kubeflow/pipelines, readOnly: true}
+        - {name: tmp, mountPath: /tmp}
+  volumes:
+    - name: deployment
+      configMap: {name: k2-deployment}
+    # Kubeflow's API server accepts this token and no other; the kubelet renews it.
+    - name: token
+      projected:
+        sources:
+          - serviceAccountToken: {audience: pipelines.kubeflow.org, expirationSeconds: 3600, path: token}
+    - name: tmp
+      emptyDir: {sizeLimit: 256Mi}
+{{- end }}
