@@ -19,7 +19,7 @@ STUDY = StudyConfig(
             "rephrase": {"max_documents": 0},
             "pretrain": {
                 "optimizer": {"weight_decay": 0.1, "tau": 100.0},
-                "lr": 0.02,
+                "lr": 0.01,
                 "warmup_tokens": 20480,
                 "stable_tokens": 593920,
                 "decay_tokens": 0,

@@ -35,7 +35,7 @@ STUDY = StudyConfig(
     reference="adamw",
     seeds=(1, 2, 3),
     sweep=SweepConfig(
-        field="lr", values={"adamw": (0.0025, 0.005, 0.01, 0.02), "muonclip": (0.01, 0.02, 0.04)}, seeds=(101,)
+        field="lr", values={"adamw": (0.0025, 0.005, 0.01, 0.02), "muonclip": (0.005, 0.01, 0.02, 0.04)}, seeds=(101,)
     ),
     columns=(
         "tuned",

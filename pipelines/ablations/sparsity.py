@@ -24,7 +24,7 @@ STUDY = StudyConfig(
             "pretrain": {
                 "model": {"num_experts_per_tok": 2, "moe_intermediate_size": 64},
                 "optimizer": {"weight_decay": 0.1, "tau": 100.0},
-                "lr": 0.02,
+                "lr": 0.01,
                 "warmup_tokens": 20480,
                 "stable_tokens": 593920,
                 "decay_tokens": 0,

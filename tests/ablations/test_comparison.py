@@ -1,6 +1,7 @@
 """The numbers of a study, against trainings whose answer is known."""
 
 import json
+from math import log
 from typing import Any
 from xml.etree import ElementTree
 
@@ -34,8 +35,8 @@ def report(losses: list[float], logits: list[float] | None = None, clipped: list
 
 
 def training(slope: float, **changes: Any) -> Training:
-    """Loss 6 that falls by `slope` per step, so that the answers are straight lines."""
-    losses = [6 - slope * (i + 1) for i in range(STEPS)]
+    """Loss that falls by `slope` per unit of the logarithm of the step, so that the answers are known."""
+    losses = [6 - slope * log(i + 1) for i in range(STEPS)]
     return training_of(NANO.model_copy(update=changes), report(losses), losses[-1])
 
 
@@ -62,8 +63,9 @@ def trainings() -> dict[str, Training]:
     return found
 
 
-def test_half_the_tokens_are_half_the_tokens() -> None:
-    assert cost_ratio("tokens", training(0.08), training(0.04)) == pytest.approx(0.5, abs=0.02)
+def test_the_tokens_to_an_equal_loss() -> None:
+    """Both lose 6 - slope ln(step): the one with twice the slope needs the square root of the steps."""
+    assert cost_ratio("tokens", training(0.08), training(0.04)) == pytest.approx(STEPS**-0.5)
     assert cost_ratio("tokens", training(0.04), training(0.04)) == pytest.approx(1.0)
     assert cost_ratio("tokens", training(0.03), training(0.04)) is None
 
@@ -71,9 +73,10 @@ def test_half_the_tokens_are_half_the_tokens() -> None:
 def test_differences_are_paired_by_seed() -> None:
     arm = compare(study(), trainings())["arms"]["fast"]
     difference = arm["values"]["difference"]
-    assert difference["by_seed"] == pytest.approx([-STEPS * (0.04 + 0.001 * seed) for seed in (1, 2, 3)])
+    assert difference["by_seed"] == pytest.approx([-log(STEPS) * (0.04 + 0.001 * seed) for seed in (1, 2, 3)])
     assert difference["low"] < difference["mean"] < difference["high"] < 0
-    assert arm["curves"]["difference"]["mean"][-1] == pytest.approx(-0.042 * 39.5, abs=0.05)
+    assert arm["curves"]["difference"]["mean"][-1] == pytest.approx(-0.042 * log(39.5), abs=0.01)
+    assert arm["values"]["difference_at_equal_cost"]["by_seed"] == pytest.approx(difference["by_seed"])
 
 
 def test_the_interval_is_students() -> None:
@@ -120,7 +123,7 @@ def test_the_sweep_is_shown_and_takes_no_part() -> None:
     sweep = SweepConfig(values={"slow": (0.01, 0.1), "fast": (0.01, 0.1)}, seeds=(9,))
     found = trainings() | {f"{arm}.{value}.9": training(0.02) for arm in ("slow", "fast") for value in ("0.01", "0.1")}
     result = compare(study(sweep=sweep, columns=("tuned", "heldout_loss")), found)
-    assert sweep_rows(result)[1] == ["slow", "5.200", "5.200"]
+    assert sweep_rows(result)[1] == ["slow", "5.926", "5.926"]
     assert len(result["arms"]["slow"]["values"]["heldout_loss"]["by_seed"]) == 3
 
 

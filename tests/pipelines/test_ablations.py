@@ -11,10 +11,11 @@ import yaml
 from kfp import compiler, local
 
 from k2.ablations.arms import arm_config, study_config
-from k2.ablations.page import files
+from k2.ablations.page import files, rows
 from k2.commands.run import PIPELINES
 from k2.config.ablations import ArmConfig, StudyConfig
 from k2.monitoring.run_record import read_run
+from k2.monitoring.standalone import markdown_table
 from k2.store.artifacts import open_uri
 from k2.store.client import Store
 from pipelines.ablations.qk_clip import STUDY
@@ -105,3 +106,10 @@ def test_the_documents_show_what_the_pipeline_made(path: Path) -> None:
     for name, text in files(study).items():
         if not name.endswith(".html"):
             assert path.with_name(name).read_text() == text, name
+
+
+def test_the_page_shows_the_committed_tables() -> None:
+    text = (ROOT / "docs" / "ablations.md").read_text()
+    assert SHOWN
+    for path in SHOWN:
+        assert markdown_table(rows(json.loads(path.read_text()))) in text, path.stem

@@ -7,7 +7,7 @@ Letters in shapes: S rows of a history, G points of a grid.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import sqrt
+from math import exp, log, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
@@ -68,8 +68,9 @@ def _arm(study: StudyConfig, group: list[Training], reference: list[Training], g
     values["relative_difference"] = [one.heldout_loss / other.heldout_loss - 1 for one, other in pairs]
     losses = [_on_grid(study.axis, training, grid_G) for training in group]
     others = [_on_grid(study.axis, training, grid_G) for training in reference]
-    values["loss_at_equal_cost"] = [loss[-1] for loss in losses]
-    values["difference_at_equal_cost"] = [loss[-1] - other[-1] for loss, other in zip(losses, others, strict=True)]
+    ends = [(_loss_at(study.axis, one, grid_G[-1]), _loss_at(study.axis, other, grid_G[-1])) for one, other in pairs]
+    values["loss_at_equal_cost"] = [loss for loss, _ in ends]
+    values["difference_at_equal_cost"] = [loss - other for loss, other in ends]
     values["cost_ratio"] = [cost_ratio(study.axis, *pair) for pair in pairs]
     curves = {
         "loss": losses,
@@ -101,17 +102,27 @@ METRICS: Mapping[str, Callable[[Training], float]] = {
 
 
 def cost_ratio(axis: str, one: Training, reference: Training) -> float | None:
-    """Cost at which `one` first reaches the reference's last loss, as a share of the reference's; None if never."""
-    target, cost_S = reference.loss_S[-1], one.cost_S(axis)
-    reached = np.flatnonzero(one.loss_S <= target)
-    if not len(reached):
-        return None
-    first = int(reached[0])
-    at = cost_S[first]
-    if first:
-        above, below = one.loss_S[first - 1], one.loss_S[first]
-        at = cost_S[first - 1] + (above - target) / (above - below) * (cost_S[first] - cost_S[first - 1])
-    return float(at / reference.cost_S(axis)[-1])
+    """Cost at which `one` has the reference's last loss, as a share of the reference's; None if it never had.
+
+    Losses are those of the fitted lines: where single batches decide when a loss is reached, a training reaches its own
+    last loss at 90% of its length. Below one half the line is extrapolated.
+    """
+    intercept, slope = _line(axis, one)
+    end = reference.cost_S(axis)[-1]
+    at = exp((_loss_at(axis, reference, end) - intercept) / slope)
+    return float(at / end) if at <= one.cost_S(axis)[-1] * (1 + 1e-9) else None
+
+
+def _loss_at(axis: str, training: Training, cost: float) -> float:
+    intercept, slope = _line(axis, training)
+    return intercept + slope * log(cost)
+
+
+def _line(axis: str, training: Training) -> tuple[float, float]:
+    """Intercept and slope of the training loss over the logarithm of the cost, fitted to the second half."""
+    half = len(training.raw_loss_S) // 2
+    slope, intercept = np.polyfit(np.log(training.cost_S(axis)[half:]), training.raw_loss_S[half:], 1)
+    return float(intercept), float(slope)
 
 
 def _grid(study: StudyConfig, runs: Mapping[str, list[Training]], end: float) -> Floats:

@@ -24,7 +24,10 @@ CURVES = {
 """Title and label of the vertical axis."""
 
 NOTE = "Lines are means over the seeds, bands reach from the lowest seed to the highest."
-INTERVALS = "Mean [95% t interval over the seeds]; differences and ratios are paired by seed."
+INTERVALS = (
+    "Mean [95% t interval over the seeds]; differences and ratios are paired by seed. Training losses at a cost, and"
+    " costs to a loss, are read from a line of the loss over the logarithm of the cost, fitted to the second half."
+)
 
 
 def _fixed(digits: int) -> Callable[[float], str]:

@@ -27,7 +27,7 @@ LATE = 0.25
 class Training:
     """One training.
 
-    tokens_S, loss_S: tokens seen, and the trailing mean of the cross-entropy; no token is seen twice in one epoch.
+    tokens_S, raw_loss_S, loss_S: tokens seen, cross-entropy, and its trailing mean for figures.
     logit_S: largest attention logit of all layers and heads.
     clipped_S: share of the heads that QK-Clip scaled, per step.
     counts_NH: how often each head was clipped.
@@ -36,6 +36,7 @@ class Training:
     config: PretrainConfig
     heldout_loss: float
     tokens_S: Floats
+    raw_loss_S: Floats
     loss_S: Floats
     logit_S: Floats
     clipped_S: Floats
@@ -66,6 +67,7 @@ def training_of(config: PretrainConfig, report: Mapping[str, Any], heldout_loss:
         config=config,
         heldout_loss=heldout_loss,
         tokens_S=curves["tokens"],
+        raw_loss_S=curves["cross_entropy"],
         loss_S=_trailing_mean(curves["cross_entropy"], max(1, round(SMOOTHING * len(steps_S)))),
         logit_S=curves["max_logits"].max(axis=1),
         clipped_S=curves["clipped_heads"] / steps_S / counts_NH.size,
