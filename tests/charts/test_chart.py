@@ -260,6 +260,18 @@ def test_jobs_of_the_platform_call_commands_that_exist(monkeypatch: pytest.Monke
         group.make_context(group.name, list(arguments), parent=context)
 
 
+def test_rdma_is_the_one_exception_and_the_same_in_both() -> None:
+    chart = comparable(rendered("--set", "trainer.enabled=true,trainer.rdma=rdma/hca"))["TrainingRuntime/k2-torch-gpu"]
+    theirs = from_kustomize("components/rdma")["TrainingRuntime/k2-torch-gpu"]
+    container = next(pod_templates(theirs))["spec"]["containers"][0]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+    mine = next(pod_templates(chart))["spec"]["containers"][0]
+    assert mine["securityContext"] == container["securityContext"]
+    assert mine["resources"] == container["resources"]
+    with pytest.raises(AssertionError):
+        assert_restricted(next(pod_templates(theirs)))
+
+
 def test_notes_say_what_is_left_to_do() -> None:
     dry = ("install", "k2", str(CHART), "--dry-run=client", "--namespace", "ml")
     run = subprocess.run([tool("helm"), *dry], capture_output=True, text=True, check=False)

@@ -113,21 +113,39 @@ def test_dev_and_the_base_need_no_custom_resource() -> None:
         assert not [name(each) for each in kustomize(path) if is_custom(each)]
 
 
-@pytest.mark.parametrize("component", sorted(p.name for p in (ROOT / "manifests" / "components").iterdir()))
-def test_each_component_works_alone(component: str, tmp_path: Path) -> None:
-    """So any of them can be left out: none refers to another."""
-    path = Path(os.path.relpath(ROOT / "manifests", tmp_path))
+def composed(folder: Path, base: str, *components: str) -> tuple[Object, ...]:
+    """A base with components, as an overlay of somebody else's would have them."""
+    path = Path(os.path.relpath(ROOT / "manifests", folder))
     document = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": [str(path / "base")],
-        "components": [str(path / "components" / component)],
+        "resources": [str(path / base)],
+        "components": [str(path / each) for each in components],
     }
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(document))
-    added = {name(each) for each in kustomize(str(tmp_path))} - {name(each) for each in kustomize("manifests/base")}
-    assert added
-    for thing in kustomize(str(tmp_path)):
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(document))
+    return kustomize(str(folder))
+
+
+@pytest.mark.parametrize("component", sorted(p.name for p in (ROOT / "manifests" / "components").iterdir()))
+def test_each_component_works_alone(component: str, tmp_path: Path) -> None:
+    """So any of them can be left out: none refers to another."""
+    objects = composed(tmp_path, "base", f"components/{component}")
+    assert {name(each) for each in objects} > {name(each) for each in kustomize("manifests/base")}
+    for thing in objects:
         validate(thing)
+
+
+@pytest.mark.parametrize("component", ["namespace", "rdma", "kueue", "trainer"])
+def test_each_component_of_the_admin_part_works_alone(component: str, tmp_path: Path) -> None:
+    for thing in composed(tmp_path, "admin/base", f"admin/components/{component}"):
+        validate(thing)
+        assert thing["kind"] in CLUSTER_SCOPED
+
+
+def test_an_older_kubeflow_gets_baseline(tmp_path: Path) -> None:
+    objects = composed(tmp_path, "admin/base", "admin/components/namespace", "admin/components/baseline")
+    (namespace,) = [each for each in objects if each["kind"] == "Namespace"]
+    assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "baseline"
 
 
 @pytest.mark.parametrize("kind", OVERLAYS)
