@@ -81,7 +81,7 @@ def test_a_study_runs_here_and_is_cached(store: Store, tmp_path: Path, monkeypat
     assert set(records) >= {"tokenize", *SMALL.labels, "compare", "report"}
     artifact = open_uri(store, records["compare"]["artifact"])
     study = artifact.json("report.json")
-    arms = study["arms"]
+    arms = {arm["name"]: arm for arm in study["arms"]}
     assert arms["tau-1"]["values"]["max_logit"]["mean"] < arms["muon"]["values"]["max_logit"]["mean"]
     assert arms["tau-1"]["values"]["clipped_heads"]["mean"] > arms["muon"]["values"]["clipped_heads"]["mean"] == 0
     assert {name: artifact.path(name).read_text() for name in files(study)} == files(study)

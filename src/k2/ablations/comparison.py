@@ -43,7 +43,7 @@ def compare(study: StudyConfig, trainings: Mapping[str, Training]) -> dict[str, 
         "columns": list(study.columns),
         "figures": list(study.curves),
         "grid": grid_G.tolist(),
-        "arms": {name: _arm(study, group, reference, grid_G) for name, group in runs.items()},
+        "arms": [{"name": name} | _arm(study, group, reference, grid_G) for name, group in runs.items()],
         "sweep": {arm.name: _sweep(study, trainings, arm.name) for arm in study.arms} if study.sweep else {},
     }
 

@@ -72,14 +72,14 @@ def sweep_rows(study: Study) -> list[list[str]]:
         return []
     values = sorted({value for arm in study["sweep"].values() for value in arm}, key=float)
     body = [
-        [name, *(", ".join(f"{loss:.3f}" for loss in arm.get(value, [])) for value in values)]
-        for name, arm in study["sweep"].items()
+        [name, *(", ".join(f"{loss:.3f}" for loss in study["sweep"][name].get(value, [])) for value in values)]
+        for name, _ in _arms(study)
     ]
     return [["held-out loss at", *values], *body]
 
 
 def _arms(study: Study) -> list[tuple[str, Mapping[str, Any]]]:
-    return list(study["arms"].items())
+    return [(arm["name"], arm) for arm in study["arms"]]
 
 
 def _cell(arm: Mapping[str, Any], column: str) -> str:

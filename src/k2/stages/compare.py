@@ -20,5 +20,5 @@ def run(config: StudyConfig, inputs: dict[str, Artifact], output: ArtifactWriter
     output.path("report.json").write_text(json.dumps(study, sort_keys=True) + "\n", encoding="utf-8")
     for name, text in files(study).items():
         output.path(name).write_text(text, encoding="utf-8")
-    metrics = {f"{name}/heldout_loss": arm["values"]["heldout_loss"]["mean"] for name, arm in study["arms"].items()}
+    metrics = {f"{arm['name']}/heldout_loss": arm["values"]["heldout_loss"]["mean"] for arm in study["arms"]}
     return StageResult(output.publish(**metrics))
