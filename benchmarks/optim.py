@@ -1,12 +1,14 @@
 """MuonClip's step against torch's optimizers over the same weights, both sides interleaved in one run.
 
-Prints one JSON row per claim. Time is this process's CPU time, so that a busy machine spreads the ratios less.
+Prints one JSON row per claim. With one thread, time is this process's CPU time, so that a busy machine spreads the
+ratios less; with more it is wall time, which needs an idle machine.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +26,7 @@ from k2.model.layout import logical_tensors
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
 from k2.optim.newton_schulz import EPS, MOONLIGHT, orthogonalize
+from k2.optim.partition import partition
 from k2.optim.qk_clip import QKClip
 from k2.training.batches import micro_batches, next_token_loss
 from k2.training.loop import train_step
@@ -34,16 +37,17 @@ LR = 1e-3
 Step = Callable[[], object]
 
 
-def cpu_seconds(step: Step) -> float:
-    """Processor time of one call, all threads together."""
-    start = time.process_time()
+def seconds(step: Step) -> float:
+    """Time of one call: CPU time of one thread, or wall time of several."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     step()
-    return time.process_time() - start
+    return clock() - start
 
 
 def ratios(numerator: Step, denominator: Step, rounds: int) -> list[float]:
-    """Quotients of CPU time, both sides in turn, ascending; the first round warms up."""
-    found = [cpu_seconds(numerator) / cpu_seconds(denominator) for _ in range(rounds + 1)]
+    """Quotients of time, both sides in turn, ascending; the first round warms up."""
+    found = [seconds(numerator) / seconds(denominator) for _ in range(rounds + 1)]
     return sorted(found[1:])
 
 
@@ -87,6 +91,31 @@ def torch_step(config: ModelConfig) -> Step:
     return step
 
 
+def product_floor(config: ModelConfig) -> Step:
+    """As many multiplications as MuonClip's Newton-Schulz makes, in products of the best shape (1024 cubed)."""
+    blocks = partition(logical_tensors(config), shapes_of(config)).blocks
+    count = sum(block.count * multiplications(*sorted(block.shape)) for block in blocks)
+    left, right, out = (torch.randn(1024, 1024).bfloat16() for _ in range(3))
+
+    def step() -> None:
+        for _ in range(round(count / 1024**3)):
+            torch.mm(left, right, out=out)
+
+    return step
+
+
+def multiplications(side: int, long: int) -> int:
+    """Of five iterations on one matrix: two pairs and one through the Gram matrix, or five as published."""
+    gram = long >= 2 * side
+    return (6 if gram else 10) * side**2 * long + (11 if gram else 5) * side**3
+
+
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the trained parameters."""
+    with torch.device("meta"):
+        return {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
+
+
 def adamw_step(config: ModelConfig) -> Step:
     """Fused AdamW over all weights."""
     return torch.optim.AdamW(model_with_gradients(config).parameters(), lr=LR, fused=True).step
@@ -116,11 +145,13 @@ def clip_work(config: ModelConfig, batch: int, length: int) -> Step:
     return step
 
 
-def orthogonality_error(count: int, rows: int, columns: int) -> list[float]:
-    """Mean distance of singular values from one, ours divided by torch's, over batches of random matrices."""
+def orthogonality_error(count: int, rows: int, columns: int, decay: float) -> list[float]:
+    """Mean distance of singular values from one, ours divided by torch's, over batches with the given spectrum."""
     found = []
     for seed in range(5):
-        batch = torch.randn(count, rows, columns, generator=torch.Generator().manual_seed(seed))
+        random = torch.randn(count, rows, columns, generator=torch.Generator().manual_seed(seed))
+        u, s, v = torch.linalg.svd(random, full_matrices=False)
+        batch = (u * (s * torch.logspace(0, -decay, s.shape[1]))[:, None]) @ v
         theirs = torch.stack([_zeropower_via_newtonschulz(matrix, MOONLIGHT[0], 5, EPS) for matrix in batch])
         errors = [(torch.linalg.svdvals(o.double()) - 1).abs().mean().item() for o in (orthogonalize(batch), theirs)]
         found.append(errors[0] / errors[1])
@@ -133,7 +164,11 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
     config, batch, length = ModelConfig(**shape["model"]), shape["batch"], shape["length"]
     peer = "torch.optim.Muon looped over the logical matrices + fused AdamW"
     muon = own_step(config)
-    yield row("MuonClip step, reference shape", peer, ratios(torch_step(config), muon, rounds), 3.0, "higher")
+    peer_step, floor = torch_step(config), product_floor(config)
+    yield row("MuonClip step, reference shape", peer, ratios(peer_step, muon, rounds), 3.0, "higher")
+    bound = "bound: its multiplications alone, at the speed of a 1024-cube product"
+    yield row(bound, peer, ratios(peer_step, floor, rounds), None, "higher")
+    yield row("MuonClip step, reference shape", "the same bound", ratios(muon, floor, rounds), None, "lower")
     single = own_step(config, newton_schulz_bf16=False)
     yield row("MuonClip step, float32 Newton-Schulz", "MuonClip step", ratios(single, muon, rounds), None, "lower")
     adamw = adamw_step(config)
@@ -143,15 +178,17 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
     clip = clip_work(config, batch, length)
     claim = "QK-Clip with statistics, share of a training step"
     yield row(claim, "training step", ratios(clip, whole, rounds), 0.01, "lower")
-    for rows, columns in ((128, 256), (256, 1024), (96, 256), (256, 256)):
-        errors = orthogonality_error(8, rows, columns)
-        yield row(f"orthogonality error, {rows}x{columns}", "torch.optim.Muon", errors, 1.0, "lower")
+    for (rows, columns), decay in product(((128, 256), (256, 1024), (96, 256), (256, 192)), (0, 2)):
+        errors = orthogonality_error(8, rows, columns, decay)
+        claim = f"orthogonality error, {rows}x{columns}, random times a decay of 1e-{decay}"
+        yield row(claim, "torch.optim.Muon", errors, 1.0, "lower")
 
 
 def main() -> None:
     """Print the rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true", help="rows are JSON with or without it")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

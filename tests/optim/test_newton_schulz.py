@@ -49,10 +49,10 @@ def test_bfloat16_is_no_worse_than_torch(shape: tuple[int, int], make) -> None: 
 def test_both_forms_are_the_same_iteration_wide_and_tall(steps: int, shape: tuple[int, int]) -> None:
     x = torch.randn(3, *shape, dtype=torch.float64)
     results = []
-    for form in ("_gram_form", "_direct_form"):
-        workspace = Workspace(4, *shape, torch.float64, x.device)
-        workspace._form = getattr(workspace, form)
-        workspace.input(3).copy_(x)
+    for through_gram in (True, False):
+        workspace = Workspace([(3, 20, 20)], torch.float64, x.device)
+        workspace.input(*x.shape).copy_(x)
+        workspace._long = through_gram
         results.append(workspace.orthogonalize(MOONLIGHT[:1] * steps).clone())
     torch.testing.assert_close(*results)
 

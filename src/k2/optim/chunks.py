@@ -25,10 +25,13 @@ class Piece:
         return view[self.start : self.start + self.count]
 
 
-def equal_shapes(
-    blocks: Iterable[Block], dtype: torch.dtype, device: torch.device
-) -> dict[tuple[int, int], list[list[Piece]]]:
-    """Chunks of matrices of one shape, whatever blocks they come from, for every shape."""
+def total(pieces: list[Piece]) -> tuple[int, int, int]:
+    """Matrices in all pieces, their rows and columns."""
+    return (sum(piece.count for piece in pieces), *pieces[0].block.shape)
+
+
+def equal_shapes(blocks: Iterable[Block], dtype: torch.dtype, device: torch.device) -> list[list[Piece]]:
+    """Chunks of matrices of one shape each, whatever blocks they come from."""
     found: dict[tuple[int, int], list[list[Piece]]] = defaultdict(lambda: [[]])
     for block in blocks:
         chunks, limit, start = found[block.shape], chunk(block.shape, dtype, device), 0
@@ -40,4 +43,4 @@ def equal_shapes(
             count = min(room, block.count - start)
             chunks[-1].append(Piece(block, start, count))
             start += count
-    return dict(found)
+    return [pieces for chunks in found.values() for pieces in chunks]

@@ -8,7 +8,7 @@ Letters in shapes: N matrices, R rows, C columns.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from math import sqrt
+from math import prod, sqrt
 from typing import Any
 
 import torch
@@ -17,10 +17,10 @@ from torch.optim.adamw import adamw
 
 from k2.config.optimizer import OptimizerConfig
 from k2.model.layout import LogicalTensor
-from k2.optim.chunks import Piece, equal_shapes
+from k2.optim.chunks import Piece, equal_shapes, total
 from k2.optim.newton_schulz import MOONLIGHT, Workspace
 from k2.optim.norms import stable_norm
-from k2.optim.partition import partition
+from k2.optim.partition import Block, partition
 from k2.optim.qk_clip import ClipReport, QKClip, spectral_norms
 
 
@@ -53,15 +53,26 @@ class MuonClip(torch.optim.Optimizer):
         groups = [{"params": [self._parameters[n] for n in names], "lr": lr} for names in (muon, parts.adamw)]
         super().__init__(groups, {})
         self._muon, self._adamw = list(muon), list(parts.adamw)
-        self._dtype = torch.bfloat16 if config.newton_schulz_bf16 else torch.float32
         self._polynomials = MOONLIGHT[:1] * config.newton_schulz_steps
-        self._chunks = equal_shapes(parts.blocks, self._dtype, next(iter(self._parameters.values())).device)
         self._weights = {name: _master(p) for name, p in self._parameters.items()}
         self._tensors = self._initial_state()
+        self._chunks = self._plan(parts.blocks)
         self._steps = 0
         self.qk_clip = QKClip(layout, config.tau)
         self.clip_report = ClipReport.nothing(self.qk_clip.maxima)
         self.update_rms = 0.0
+
+    def _plan(self, blocks: tuple[Block, ...]) -> list[list[Piece]]:
+        """Divide the matrices into chunks, and take the memory that every chunk is worked on in."""
+        if not blocks:
+            return []
+        device = self._weights[blocks[0].parameter].device
+        dtype = torch.bfloat16 if self.config.newton_schulz_bf16 else torch.float32
+        chunks = equal_shapes(blocks, dtype, device)
+        shapes = [total(pieces) for pieces in chunks]
+        self._workspace = Workspace(shapes, dtype, device)
+        self._wide = torch.empty(max(map(prod, shapes)), device=device)
+        return chunks
 
     def _initial_state(self) -> dict[str, Tensor]:
         def zeros(kind: str, names: list[str]) -> dict[str, Tensor]:
@@ -105,39 +116,28 @@ class MuonClip(torch.optim.Optimizer):
         self._round_masters()
 
     def _muon_step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
-        squares, size = [], 0
-        for (rows, columns), chunks in self._chunks.items():
-            count = max(sum(piece.count for piece in pieces) for pieces in chunks)
-            device = self._weights[chunks[0][0].block.parameter].device
-            workspace = Workspace(count, rows, columns, self._dtype, device)
-            wide_NRC = torch.empty(count, rows, columns, device=device)
-            for pieces in chunks:
-                squares.append(self._muon_chunk(pieces, gradients, lr, workspace, wide_NRC))
-                size += sum(piece.count for piece in pieces) * rows * columns
+        squares = [self._muon_chunk(pieces, gradients, lr) for pieces in self._chunks]
+        size = sum(self._tensors[f"momentum.{name}"].numel() for name in self._muon)
         self.update_rms = (torch.stack(squares).sum() / size).sqrt().item()
 
-    def _muon_chunk(
-        self, pieces: list[Piece], gradients: Mapping[str, Tensor], lr: float, workspace: Workspace, wide_NRC: Tensor
-    ) -> Tensor:
+    def _muon_chunk(self, pieces: list[Piece], gradients: Mapping[str, Tensor], lr: float) -> Tensor:
         """Update some matrices of one shape; returns the sum of squares of their updates, without the learning rate.
 
         Everything happens to one chunk after the other, so that weights and momentum pass through the caches once.
-
-        Args:
-            wide_NRC: float32 memory for the chunk.
         """
         config, counts = self.config, [piece.count for piece in pieces]
-        wide_NRC = wide_NRC[: sum(counts)]
+        shape = total(pieces)
+        wide_NRC = self._wide[: prod(shape)].view(shape)
         for piece, wide in zip(pieces, torch.split(wide_NRC, counts), strict=True):
             gradient = piece.of(gradients[piece.block.parameter])
             momentum = piece.of(self._tensors[f"momentum.{piece.block.parameter}"])
             # A mean, (1 - mu) times Algorithm 1's sum; the orthogonal factor of both is the same.
             momentum.lerp_(gradient, 1 - config.momentum)
             torch.lerp(gradient, momentum, config.momentum if config.nesterov else 1.0, out=wide)
-        workspace.input(len(wide_NRC)).copy_(wide_NRC)
-        wide_NRC.copy_(workspace.orthogonalize(self._polynomials))
+        self._workspace.input(*shape).copy_(wide_NRC)
+        wide_NRC.copy_(self._workspace.orthogonalize(self._polynomials))
         # Lemma 1 of Moonlight: a full-rank orthogonal [R, C] has the RMS 1 / sqrt(max(R, C)).
-        scale = config.update_rms * sqrt(max(wide_NRC.shape[1:]))
+        scale = config.update_rms * sqrt(max(shape[1:]))
         for piece, wide in zip(pieces, torch.split(wide_NRC, counts), strict=True):
             weight = piece.of(self._weights[piece.block.parameter])
             weight.mul_(1 - lr * config.weight_decay).add_(wide, alpha=-lr * scale)

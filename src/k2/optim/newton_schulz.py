@@ -3,13 +3,15 @@
 Letters in shapes: N matrices, R rows, C columns, S the smaller of R and C.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 Polynomial = tuple[float, float, float]
 """a, b, c of X <- aX + b(XX^T)X + c(XX^T)^2 X."""
+
+Shape = tuple[int, int, int]
 
 MOONLIGHT: tuple[Polynomial, ...] = ((3.4445, -4.7750, 2.0315),) * 5
 """The five equal iterations of Moonlight (arXiv 2502.16982, section 2.1) and of torch.optim.Muon."""
@@ -19,7 +21,7 @@ RESTART = 2
 rounding and amplify the noise: after three, singular values of 426 came out of 16x32 matrices of power-law spectrum;
 after two, none above those of the published form."""
 
-CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 """Matrices worked on at once, by device: what a CPU's caches hold, what fills a GPU."""
 
 EPS = 1e-7
@@ -45,32 +47,35 @@ def orthogonalize(
     rows, columns = batch_NRC.shape[1:]
     out_NRC = torch.empty(batch_NRC.shape, dtype=dtype, device=batch_NRC.device)
     count = chunk((rows, columns), dtype, batch_NRC.device)
-    workspace = Workspace(min(count, len(batch_NRC)), rows, columns, dtype, batch_NRC.device)
+    workspace = Workspace([(min(count, len(batch_NRC)), rows, columns)], dtype, batch_NRC.device)
     for part, result in zip(torch.split(batch_NRC, count), torch.split(out_NRC, count), strict=True):
-        workspace.input(len(part)).copy_(part)
+        workspace.input(*part.shape).copy_(part)
         result.copy_(workspace.orthogonalize(polynomials))
     return out_NRC.view(matrices.shape)
 
 
 class Workspace:
-    """Memory to orthogonalise batches of one shape in, again and again.
+    """Memory to orthogonalise batches in, again and again.
 
     It is kept because fresh memory for every product costs a CPU about a sixth of the time: its pages are cleared.
     A tall matrix is not transposed: its Gram matrix is X^T X, and the products come from the right.
     """
 
-    def __init__(self, count: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> None:
-        side, long = sorted((rows, columns))
-        self._tall = rows > columns
-        # Multiplications of two iterations: 4 S^2 L + 2 S^3 directly, 2 S^2 L + 5 S^3 through the Gram matrix.
-        self._form = self._gram_form if long >= 2 * side else self._direct_form
-        self._x_full, self._y_full = (torch.empty(count, rows, columns, dtype=dtype, device=device) for _ in range(2))
-        self._squares_full = [torch.empty(count, side, side, dtype=dtype, device=device) for _ in range(4)]
+    def __init__(self, chunks: Iterable[Shape], dtype: torch.dtype, device: torch.device) -> None:
+        """Take the shapes `(N, R, C)` that will come."""
+        values, squares = (max(sizes) for sizes in zip(*(_sizes(shape) for shape in chunks), strict=True))
+        self._pair = torch.empty(2, values, dtype=dtype, device=device)
+        self._four = torch.empty(4, squares, dtype=dtype, device=device)
+        self._tall = self._long = False
+        self._x_NRC = self._y_NRC = self._pair[0]
 
-    def input(self, count: int) -> Tensor:
-        """Where to write the next `count` matrices, `[N, R, C]`."""
-        self._x_NRC, self._y_NRC = self._x_full[:count], self._y_full[:count]
-        self._squares = [square[:count] for square in self._squares_full]
+    def input(self, count: int, rows: int, columns: int) -> Tensor:
+        """Where to write the next matrices, `[N, R, C]`."""
+        side, long = sorted((rows, columns))
+        self._tall, self._long = rows > columns, long >= 2 * side
+        values, squares = _sizes((count, rows, columns))
+        self._x_NRC, self._y_NRC = (flat[:values].view(count, rows, columns) for flat in self._pair)
+        self._squares = [flat[:squares].view(count, side, side) for flat in self._four]
         return self._x_NRC
 
     def orthogonalize(self, polynomials: Sequence[Polynomial]) -> Tensor:
@@ -78,9 +83,11 @@ class Workspace:
         gram_NSS = self._gram()
         wide = torch.promote_types(gram_NSS.dtype, torch.float32)
         squared_N11 = gram_NSS.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=wide)[:, None, None].clamp_(min=EPS**2)
-        gram_NSS.div_(squared_N11.to(gram_NSS.dtype))
-        self._x_NRC.div_(squared_N11.sqrt().to(gram_NSS.dtype))
-        self._form(polynomials)
+        norm_N11 = squared_N11.sqrt().to(gram_NSS.dtype)
+        gram_NSS.div_(norm_N11).div_(norm_N11)  # by the norm that divides X: rounding its square would set them apart
+        self._x_NRC.div_(norm_N11)
+        # Multiplications of two iterations: 2 S^2 L + 5 S^3 through the Gram matrix, 4 S^2 L + 2 S^3 as published.
+        (self._gram_form if self._long else self._direct_form)(polynomials)
         return self._x_NRC
 
     def _direct_form(self, polynomials: Sequence[Polynomial]) -> None:
@@ -129,3 +136,9 @@ class Workspace:
         left, right = (x_NRC, square_NSS) if self._tall else (square_NSS, x_NRC)
         torch.baddbmm(x_NRC, left, right, beta=scale, out=self._y_NRC)
         self._x_NRC, self._y_NRC = self._y_NRC, self._x_NRC
+
+
+def _sizes(shape: Shape) -> tuple[int, int]:
+    """Values in a batch, and in its Gram matrices."""
+    count, rows, columns = shape
+    return count * rows * columns, count * min(rows, columns) ** 2
