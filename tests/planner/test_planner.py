@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from k2.cli import main
 from k2.config.cluster import Cluster
+from k2.config.deployment import Pool, Queue
 from k2.config.load import load_config
 from k2.model.layout import flops_per_token, parameter_counts
 from k2.planner.layout import Layout, layers_of_chunks
 from k2.planner.memory import in_flight, stage_memory, stage_sizes
 from k2.planner.plan import checkpointing, describe, make_plan, problem, search, what_if
-from k2.planner.report import plan_page
+from k2.planner.report import helm_values, plan_page
 from k2.planner.time import stage_flops, step_time
 
 K2 = load_config("k2-1t").pretrain
@@ -151,11 +152,20 @@ def test_the_search_is_fast_and_finds_what_fits() -> None:
 def test_the_page_is_self_contained() -> None:
     place = cluster("h800-256")
     plan = make_plan(K2, PUBLISHED, place)
-    page = plan_page(K2, plan, place, what_if(K2, plan.layout, place))
+    page = plan_page(plan, place, what_if(K2, plan.layout, place))
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
     assert len(page) < 200_000
     for word in ("stage 15", "Helm values", "half the network", "Llama 3 report", f"{plan.days:.1f}"):
         assert word in page
+
+
+def test_the_helm_values_are_a_pool_of_the_deployment_file() -> None:
+    place = cluster("h800-256")
+    values = yaml.safe_load(helm_values(place))["deployment"]
+    pool = Pool.model_validate(values["pools"]["pretrain"])
+    assert pool.accelerator is not None
+    assert pool.nodes * pool.accelerator.count == place.gpus
+    assert Queue.model_validate(values["queues"][pool.queue]).quota == {"nvidia.com/gpu": "256"}
 
 
 def run(*arguments: str) -> tuple[int, str]:

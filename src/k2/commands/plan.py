@@ -53,7 +53,7 @@ def plan(
         plans = search(config, cluster, top)
     best = plans[0]
     if page:
-        page.write_text(plan_page(config, best, cluster, what_if(config, best.layout, cluster)), encoding="utf-8")
+        page.write_text(plan_page(best, cluster, what_if(config, best.layout, cluster)), encoding="utf-8")
     listed = ["", "GB, s a step, MFU, days, cost of the fastest layouts"]
     listed += ["  " + " | ".join(row) for row in comparison(plans)]
     text = plan_text(best, cluster) + ("\n".join(["", *listed]) if len(plans) > 1 else "")

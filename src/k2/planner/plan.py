@@ -185,6 +185,7 @@ def what_if(config: PretrainConfig, layout: Layout, cluster: Cluster) -> dict[st
     return {
         name: None if problem(config, changed, place) else _worked_out(config, changed, place)
         for name, (changed, place) in cases.items()
+        if (changed, place) != (layout, cluster)
     }
 
 

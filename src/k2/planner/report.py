@@ -5,12 +5,10 @@ from collections.abc import Mapping, Sequence
 import yaml
 
 from k2.config.cluster import Cluster
-from k2.config.pretrain import PretrainConfig
 from k2.monitoring.blocks import Block, Facts, Figure, Preformatted, Prose, Section, Table
 from k2.monitoring.figures import bars, stacked_bars
 from k2.monitoring.format import duration, number
 from k2.monitoring.page import render_page
-from k2.planner.layout import Layout
 from k2.planner.memory import Memory
 from k2.planner.plan import Plan, describe
 from k2.planner.time import GIGA, StepTime
@@ -52,7 +50,7 @@ def _row(plan: Plan) -> list[str]:
     ]
 
 
-def plan_page(config: PretrainConfig, plan: Plan, cluster: Cluster, others: Mapping[str, Plan | None]) -> str:
+def plan_page(plan: Plan, cluster: Cluster, others: Mapping[str, Plan | None]) -> str:
     """Self-contained HTML: memory of every pipeline stage, the step, communication, what-if, constants, Helm values."""
     headline = [
         ("days", f"{plan.days:.1f}"),
@@ -67,17 +65,28 @@ def plan_page(config: PretrainConfig, plan: Plan, cluster: Cluster, others: Mapp
         Section("step", "One step", _step_blocks(plan.step)),
         Section("what-if", "What if", [_what_if(plan, others)]),
         Section("constants", "Constants", [_constants(cluster)]),
-        Section("values", "Helm values", [Preformatted(helm_values(plan.layout, cluster, config), "To paste.")]),
+        Section(
+            "values", "Helm values", [Preformatted(helm_values(cluster), "To merge into the values of charts/k2.")]
+        ),
     ]
     return render_page(f"{cluster.name}: {cluster.gpus} GPUs", "K2 plan", headline, sections)
 
 
-def helm_values(layout: Layout, cluster: Cluster, config: PretrainConfig) -> str:
-    """The part of a deployment that this layout decides."""
-    shape = {"pp": layout.pp, "ep": layout.ep, "dp": layout.dp, "virtualStages": layout.virtual_stages}
-    pool = {"nodes": cluster.nodes, "gpusPerNode": cluster.gpus_per_node, "accelerator": cluster.gpu.name}
-    tokens = {"batchTokens": config.batch_tokens, "microBatchTokens": layout.micro_batch_tokens}
-    text: str = yaml.safe_dump({"pretrain": {"pool": pool, "layout": shape, **tokens}}, sort_keys=False)
+def helm_values(cluster: Cluster) -> str:
+    """A pool of the whole cluster for pretraining, as chart and deployment file take it; one pod is one node."""
+    pool = {
+        "image": "gpu",
+        "launch": "job",
+        "nodes": cluster.nodes,
+        "cpu": 8 * cluster.gpus_per_node,
+        "memory": f"{0.8 * cluster.host_memory_gb:.0f}G",
+        "accelerator": {"resource": "nvidia.com/gpu", "count": cluster.gpus_per_node},
+        "queue": "k2-gpu",
+        "cost_per_hour": cluster.price_per_gpu_hour * cluster.gpus_per_node,
+    }
+    quota = {"nvidia.com/gpu": cluster.gpus}
+    values = {"queues": {"k2-gpu": {"quota": quota}}, "pools": {"pretrain": pool}, "stages": {"pretrain": "pretrain"}}
+    text: str = yaml.safe_dump({"deployment": values}, sort_keys=False)
     return text
 
 
@@ -85,7 +94,7 @@ def _facts(plan: Plan, cluster: Cluster) -> list[tuple[str, str]]:
     saving = plan.checkpointing
     between = saving.mean_time_between_failures_s
     return [
-        ("layout", describe(plan.layout)),
+        ("layout", describe(plan.layout).replace(",", ", ")),
         ("steps", f"{plan.steps:,}"),
         ("step", f"{plan.step.total:.2f} s, at the long context {plan.long_step.total:.2f} s"),
         ("model FLOPs utilisation", f"{plan.utilisation:.1%}"),
