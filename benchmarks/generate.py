@@ -39,7 +39,8 @@ def own_step(config: ModelConfig, dtype: torch.dtype, prompts: list[list[int]]) 
 
 def peer_step(config: ModelConfig, dtype: torch.dtype, prompts: list[list[int]]) -> Step:
     """transformers' generate with its cache and its default kernels, weights in `dtype`."""
-    model: Any = DeepseekV3ForCausalLM(DeepseekV3Config(**to_hf_config(config))).to(dtype).eval()
+    model: Any = DeepseekV3ForCausalLM(DeepseekV3Config(**to_hf_config(config)))
+    model = model.to(dtype).eval()
     tokens = torch.tensor(prompts)
     options = {"attention_mask": torch.ones_like(tokens), "do_sample": True, "max_new_tokens": NEW, "pad_token_id": 0}
     return lambda: model.generate(tokens, eos_token_id=None, **options)
@@ -98,6 +99,7 @@ def main() -> None:
     """Print one JSON row per claim."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="measurements per side")
+    parser.add_argument("--json", action="store_true", help="rows are JSON with and without it")
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     for result in rows(rounds):

@@ -31,7 +31,8 @@ class LatentCache:
         """Store one token per row; the layer's first rows [B, L, C], this token included."""
         values_SLC, flat = self._layers[layer]
         flat.index_copy_(0, places_B, latents_BC)
-        return values_SLC[: len(places_B)]
+        present: Tensor = values_SLC[: len(places_B)]
+        return present
 
     def move(self, source: Tensor, target: Tensor, length: int) -> None:
         """Copy the first `length` slots of rows `source` to rows `target`, in all layers."""

@@ -27,6 +27,7 @@ from k2.model.rope import rotary_tables
 from k2.model.transformer import DecoderLayer, Transformer
 
 Product = Callable[[Tensor], Tensor]  # [T, in] -> [T, out]
+DENSE_TOKENS, DENSE_EXPERTS = 64, 32  # up to here one packed product over all experts is faster than many
 
 
 def resident(model: Transformer) -> Transformer:
@@ -68,7 +69,7 @@ class Decoder:
         last = len(self.model.layers) - 1
         for number, layer in enumerate(self.model.layers):
             content_THN, rotary_THR, latents_TC = layer.attention.project(layer.normed(x_TD), cos_TR, sin_TR)
-            self.cache.fill(number, rows_B, latents_TC.unflatten(0, (batch, length)))
+            self.cache.fill(number, rows_B, latents_TC.view(batch, length, -1))
             if number < last:
                 x_TD = layer.attention.causal(x_TD, content_THN, rotary_THR, latents_TC, batch)
                 x_TD = layer.feed_forward(x_TD)
@@ -131,7 +132,7 @@ class _Layer:
         self.attention = _Attention(layer.self_attn)
         self.normed_again = _Norm(layer.post_attention_layernorm)
         mlp = layer.mlp
-        self.mlp = _GatedMLP(mlp) if isinstance(mlp, GatedMLP) else _Mixture(mlp)  # type: ignore[arg-type]
+        self.mlp = _Mixture(mlp) if isinstance(mlp, MixtureOfExperts) else _GatedMLP(mlp)
 
     def feed_forward(self, x_TD: Tensor) -> Tensor:
         """Add the MLP's output to the residual stream."""
@@ -221,25 +222,54 @@ def _gated(gate_up: Tensor) -> Tensor:
 
 
 class _Mixture:
-    """Routed and shared experts. Pairs are ordered by expert; an expert nobody chose is not touched."""
+    """Routed and shared experts.
+
+    Pairs are ordered by expert, and an expert nobody chose is not touched. With few experts and few tokens nearly
+    every expert is read anyway; then one product over all experts, unchosen ones weighted zero, saves the ordering.
+    """
 
     def __init__(self, mlp: MixtureOfExperts) -> None:
         self.gate = mlp.gate
         self.shared = None if mlp.shared_experts is None else _GatedMLP(mlp.shared_experts)
-        self.gate_up = [product(matrix) for matrix in mlp.experts.gate_up_proj.data]
-        self.down = [product(matrix) for matrix in mlp.experts.down_proj.data]
+        gate_up_EGD, down_EDF = mlp.experts.gate_up_proj.data, mlp.experts.down_proj.data
+        self.gate_up = [product(matrix) for matrix in gate_up_EGD]
+        self.down = [product(matrix) for matrix in down_EDF]
+        self.dense_tokens = DENSE_TOKENS if packs(down_EDF) and len(down_EDF) <= DENSE_EXPERTS else 0
+        if self.dense_tokens:
+            self._join(gate_up_EGD, down_EDF, mlp.shared_experts)
+
+    def _join(self, gate_up_EGD: Tensor, down_EDF: Tensor, shared: GatedMLP | None) -> None:
+        """All experts in two matrices; a shared expert is one that every token chooses with weight one."""
+        experts, hidden, width = down_EDF.shape
+        weights_E = down_EDF.new_zeros(experts)
+        if shared is not None:
+            shared_EGD = shared.gate_up_proj.weight.view(2, -1, width, hidden).transpose(0, 1).flatten(1, 2)
+            shared_EDF = shared.down_proj.weight.view(hidden, -1, width).transpose(0, 1)
+            gate_up_EGD, down_EDF = torch.cat([gate_up_EGD, shared_EGD]), torch.cat([down_EDF, shared_EDF])
+            weights_E = torch.cat([weights_E, weights_E.new_ones(len(shared_EDF))])
+        self.weights_1E = weights_E[None]
+        self.all_gate_up = product(gate_up_EGD.flatten(0, 1))
+        self.all_down = product(down_EDF.transpose(0, 1).flatten(1))
 
     def __call__(self, x_TD: Tensor, normed_TD: Tensor) -> Tensor:
         routing = self.gate(normed_TD)
-        x_TD = x_TD if self.shared is None else self.shared(x_TD, normed_TD)
-        chosen_P = routing.experts_TS.flatten()
+        mix = self._dense if len(x_TD) <= self.dense_tokens else self._ordered
+        return mix(normed_TD, routing.experts_TS, routing.weights_TS.to(normed_TD.dtype)).add_(x_TD)
+
+    def _dense(self, normed_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor) -> Tensor:
+        weights_TE = self.weights_1E.repeat(len(normed_TD), 1).scatter_(1, experts_TS, weights_TS)
+        inner_TEF = _gated(self.all_gate_up(normed_TD).view(*weights_TE.shape, -1)).mul_(weights_TE[:, :, None])
+        return self.all_down(inner_TEF.flatten(1))
+
+    def _ordered(self, normed_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor) -> Tensor:
+        chosen_P = experts_TS.flatten()
         order_P = chosen_P.argsort(stable=True)
         counts = torch.bincount(chosen_P, minlength=len(self.down)).tolist()
-        rows = normed_TD.index_select(0, order_P // routing.experts_TS.shape[1])
+        rows = normed_TD.index_select(0, order_P // experts_TS.shape[1])
         outputs = _segments(_gated(_segments(rows, self.gate_up, counts)), self.down, counts)
-        places_TS = order_P.argsort().view_as(routing.experts_TS)
-        weights_TS = routing.weights_TS.to(outputs.dtype)
-        return x_TD + F.embedding_bag(places_TS, outputs, mode="sum", per_sample_weights=weights_TS)
+        places_TS = order_P.argsort().view_as(experts_TS)
+        mixed_TD = F.embedding_bag(places_TS, outputs, mode="sum", per_sample_weights=weights_TS)
+        return mixed_TD if self.shared is None else self.shared(mixed_TD, normed_TD)
 
 
 def _segments(rows: Tensor, matrices: list[Product], counts: list[int]) -> Tensor:
@@ -253,11 +283,17 @@ def product(weight_OI: Tensor) -> Product:
 
     Packed bfloat16 weights are read at twice the speed of plain ones, and save the library's own repacking.
     """
-    if weight_OI.dtype == torch.bfloat16 and weight_OI.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if packs(weight_OI):
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach())
         arguments = {"W": packed, "B": None, "attr": "none", "scalars": [], "algorithm": ""}
         return partial(torch.ops.mkldnn._linear_pointwise.default, **arguments)
     return partial(torch.mm, mat2=weight_OI.detach().T)
+
+
+def packs(weight: Tensor) -> bool:
+    """Whether products with such a weight read it packed."""
+    packing: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return packing and weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
 
 
 def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

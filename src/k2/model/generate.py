@@ -210,7 +210,8 @@ class _Run:
         lengths = {number: len(self.prompts[number]) - 1 for number in owners}
         pending = deque(number for number in owners if lengths[number])
         while pending:
-            part, longest = [], 0
+            part: list[int] = []
+            longest = 0
             while pending and (not part or max(longest, lengths[pending[0]]) * (len(part) + 1) <= PREFILL_TOKENS):
                 longest = max(longest, lengths[pending[0]])
                 part.append(pending.popleft())
