@@ -1,8 +1,11 @@
 """The layers everything is made of: projection, RMSNorm, gated MLP. Weights are cast to the input's precision.
 
-Letters in shapes: D hidden, F inner width.
+Norm and activation are written as one operation each: on a CPU a chain of small ones costs as much as a product.
+
+Letters in shapes: N rows, D hidden, F inner width.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,10 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+BLOCK_VALUES = 2**17  # values an activation widens to float32 at once: 512 KiB stay in a core's own cache
+
 
 def upcast(x: Tensor) -> Tensor:
     """At least float32: the precision of norms, router and losses."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 class Linear(nn.Module):
@@ -28,8 +33,42 @@ class Linear(nn.Module):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def _blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same few rows of several tensors [N, ...], so many that the first one's stay in cache when widened."""
+    size = max(1, BLOCK_VALUES // rows[0].shape[1])
+    return zip(*(tensor.split(size) for tensor in rows), strict=True)  # type: ignore[no-untyped-call]
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps its input and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        output, scale_N1 = torch.empty_like(x_ND), weight_D.new_empty(len(x_ND), 1)
+        for x, scale, out in _blocks(x_ND, scale_N1, output):
+            wide = upcast(x)
+            torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=scale)
+            scale.square_().div_(x.shape[1]).add_(eps).rsqrt_()
+            out.copy_((wide * scale).mul_(weight_D))
+        ctx.save_for_backward(x_ND, weight_D, scale_N1)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_ND, weight_D, scale_N1 = ctx.saved_tensors
+        grad_x, grad_weight_D = torch.empty_like(x_ND), torch.zeros_like(weight_D)
+        for x, grad, scale, out in _blocks(x_ND, grad_ND, scale_N1, grad_x):
+            normed = upcast(x) * scale
+            product = normed * upcast(grad)
+            grad_weight_D += product.sum(0)
+            share = torch.mv(product, weight_D)[:, None].div_(-x.shape[1])
+            out.copy_((weight_D * grad).addcmul_(normed, share).mul_(scale))
+        return grad_x, grad_weight_D, None
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis, the statistics in at least float32."""
+    """x / rms(x) * weight over the last axis, computed in at least float32."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -38,36 +77,53 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and precision as `x`."""
-        wide = upcast(x)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * scale).to(x.dtype) * self.weight.to(x.dtype)
+        result: Tensor = _RMSNorm.apply(x.flatten(0, -2), upcast(self.weight), self.eps)  # type: ignore[no-untyped-call]
+        return result.view(x.shape)
 
 
-class _Swiglu(torch.autograd.Function):
-    """silu(gate) * up of a fused [..., 2F], keeping only its input for the backward pass."""
+def gated(gate_up_NG: Tensor, scale_N: Tensor) -> Tensor:
+    """silu(first half) * second half of each row, times the row's scale: [N, 2F] -> [N, F], without gradient."""
+    result = gate_up_NG.new_empty(gate_up_NG.shape[0], gate_up_NG.shape[1] // 2)
+    for gate_up, scale, out in _blocks(gate_up_NG, scale_N, result):
+        gate, up = upcast(gate_up).chunk(2, dim=-1)
+        out.copy_(F.silu(gate).mul_(up).mul_(scale[:, None]))
+    return result
+
+
+def gated_backward(grad_NF: Tensor, gate_up_NG: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients [N, 2F] and [N] of `gated`, and its output once more, [N, F]."""
+    grad_gate_up, grad_scale = torch.empty_like(gate_up_NG), torch.empty_like(scale_N)
+    output = torch.empty_like(grad_NF)
+    for gate_up, grad, scale, *outs in _blocks(gate_up_NG, grad_NF, scale_N, output, grad_gate_up, grad_scale):
+        gate, up = upcast(gate_up).chunk(2, dim=-1)
+        grad, scale = upcast(grad), scale[:, None]
+        active = F.silu(gate)
+        product = active * up
+        torch.linalg.vecdot(grad, product, out=outs[2])
+        outs[0].copy_(product.mul_(scale))
+        grad = grad * scale
+        grad_gate, grad_up = outs[1].chunk(2, dim=-1)
+        grad_up.copy_(active.mul_(grad))
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad.mul_(up), gate))
+    return grad_gate_up, grad_scale, output
+
+
+class _GatedMLP(torch.autograd.Function):
+    """Keeps its input and the fused gate and up; what lies between the products is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+    def forward(ctx: Any, x_ND: Tensor, gate_up_GD: Tensor, down_DF: Tensor) -> Tensor:
+        gate_up_NG = x_ND @ gate_up_GD.T
+        ones_N = torch.ones(len(x_ND), dtype=upcast(x_ND[:0]).dtype, device=x_ND.device)
+        ctx.save_for_backward(x_ND, gate_up_GD, down_DF, gate_up_NG, ones_N)
+        return gated(gate_up_NG, ones_N) @ down_DF.T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        result = torch.empty_like(gate_up)
-        grad_gate, grad_up = result.chunk(2, dim=-1)
-        torch.mul(grad, F.silu(gate), out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
-        return result
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """silu(first half) * second half of the last axis."""
-    result: Tensor = _Swiglu.apply(gate_up)  # type: ignore[no-untyped-call]
-    return result
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_ND, gate_up_GD, down_DF, gate_up_NG, ones_N = ctx.saved_tensors
+        grad_NG, _, inner_NF = gated_backward(grad_ND @ down_DF, gate_up_NG, ones_N)
+        return grad_NG @ gate_up_GD, grad_NG.T @ x_ND, grad_ND.T @ inner_NF
 
 
 class GatedMLP(nn.Module):
@@ -80,5 +136,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        result: Tensor = self.down_proj(swiglu(self.gate_up_proj(x)))
-        return result
+        gate_up, down = self.gate_up_proj.weight.to(x.dtype), self.down_proj.weight.to(x.dtype)
+        result: Tensor = _GatedMLP.apply(x.flatten(0, -2), gate_up, down)  # type: ignore[no-untyped-call]
+        return result.view_as(x)

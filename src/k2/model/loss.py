@@ -3,6 +3,8 @@
 Letters in shapes: T tokens, D hidden, V vocabulary.
 """
 
+from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import torch
@@ -11,45 +13,60 @@ from torch.autograd.function import once_differentiable
 
 from k2.model.layers import upcast
 
-CHUNK_VALUES = 2**20  # logits computed at once: 4 MiB in float32 stay in cache; larger blocks page-fault
-KEPT_VALUES = 2**26  # logits kept in compute precision for the backward pass; beyond, they are computed again
+PRODUCT_ROWS = 256  # tokens of one matrix product: enough for full speed, and its logits are read while in cache
+CHUNK_VALUES = 2**18  # logits widened to float32 at once: 1 MiB stays in a core's own cache
+KEPT_VALUES = 2**26  # values kept in compute precision for the backward pass; beyond, they are computed again
+
+
+def _surplus(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Each target's log-probability [T], and softmax minus its one-hot [T, V]: its negative gradient by the logits.
+
+    One exponential per logit: the largest probability is one over the softmax's denominator.
+    """
+    surplus_TV = hidden_TD.new_empty(len(hidden_TD), len(weight_VD))
+    rows, log_probs = max(1, CHUNK_VALUES // len(weight_VD)), []
+    for hidden, targets, product in _split(PRODUCT_ROWS, hidden_TD, targets_T[:, None], surplus_TV):
+        torch.mm(hidden, weight_VD.T, out=product)
+        for logits, targets_T1 in _split(rows, product, targets):
+            wide = upcast(logits)
+            chosen_T1, largest_T1 = wide.gather(1, targets_T1), wide.amax(1, keepdim=True)
+            probabilities = wide.softmax(1)
+            log_probs.append(chosen_T1 - largest_T1 + probabilities.amax(1, keepdim=True).log_())
+            logits.copy_(probabilities.scatter_add_(1, targets_T1, -torch.ones_like(chosen_T1)))
+    return torch.cat(log_probs)[:, 0], surplus_TV
+
+
+def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)  # type: ignore[no-untyped-call]
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden_TD weight_VD^T) at one target per token, chunk by chunk over tokens."""
+    """log softmax(hidden_TD weight_VD^T) at one target per token, block by block over tokens."""
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
-        tokens, size = hidden_TD.shape[0], max(1, CHUNK_VALUES // weight_VD.shape[0])
-        sizes = [min(size, tokens - start) for start in range(0, tokens, size)]
-        keep = tokens * weight_VD.shape[0] <= KEPT_VALUES
-        kept: list[Tensor] = []
-        totals, chosen = [], []
-        for hidden, targets in zip(hidden_TD.split_with_sizes(sizes), targets_T.split_with_sizes(sizes), strict=True):
-            logits = hidden @ weight_VD.T
-            kept += [logits] if keep else []
-            wide = upcast(logits)
-            totals.append(wide.logsumexp(-1))
-            chosen.append(wide.gather(1, targets[:, None])[:, 0])
-        total_T = torch.cat(totals)
-        ctx.save_for_backward(hidden_TD, weight_VD, targets_T, total_T, *kept)
-        ctx.sizes = sizes
-        return torch.cat(chosen) - total_T
+        ctx.rows = max(1, KEPT_VALUES // len(weight_VD))
+        parts = [_surplus(h, weight_VD, t) for h, t in _split(ctx.rows, hidden_TD, targets_T)]
+        kept = [parts[0][1]] if len(parts) == 1 else []
+        ctx.save_for_backward(hidden_TD, weight_VD, targets_T, *kept)
+        return torch.cat([log_probs for log_probs, _ in parts])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden_TD, weight_VD, targets_T, total_T, *kept = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden_TD), torch.zeros_like(weight_VD)
-        pieces = [tensor.split_with_sizes(ctx.sizes) for tensor in (hidden_TD, targets_T, total_T, grad_T, grad_hidden)]
-        for i, (hidden, targets, total, grad, out) in enumerate(zip(*pieces, strict=True)):
-            logits = kept[i] if kept else hidden @ weight_VD.T
-            wide = (upcast(logits) - total[:, None]).exp_().mul_(-grad[:, None])
-            wide.scatter_add_(1, targets[:, None], grad[:, None])
-            grad_logits = wide.to(hidden.dtype)
-            torch.mm(grad_logits, weight_VD, out=out)
-            grad_weight.addmm_(grad_logits.T, hidden)
-        return grad_hidden, grad_weight, None
+        hidden_TD, weight_VD, targets_T, *kept = ctx.saved_tensors
+        grad_hidden, grad_weights = torch.empty_like(hidden_TD), []
+        for hidden, targets, scale, out in _split(ctx.rows, hidden_TD, targets_T, -grad_T[:, None], grad_hidden):
+            surplus = kept[0] if kept else _surplus(hidden, weight_VD, targets)[1]
+            # The upstream gradient scales whole rows, so it is multiplied to the narrow side of both products.
+            out.copy_((surplus @ weight_VD) * scale)
+            grad_weights.append(surplus.T @ (hidden * scale).to(hidden.dtype))
+        return grad_hidden, _sum(grad_weights).to(weight_VD.dtype), None
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    """In at least float32 when there is more than one."""
+    return terms[0] if len(terms) == 1 else reduce(torch.add, terms[1:], upcast(terms[0]))
 
 
 def token_log_probs(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:

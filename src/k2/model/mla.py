@@ -7,15 +7,18 @@ Letters in shapes: B batch, L length, D hidden, H heads, K latent rank, R rotary
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from k2.config.model import ModelConfig
-from k2.model.layers import Linear, RMSNorm
+from k2.model.layers import Linear, RMSNorm, upcast
 from k2.model.rope import rotary_tables, rotate, softmax_scale
 
 LATENT_NORM_EPS = 1e-6  # fixed in the reference implementation, whatever rms_norm_eps says
+QUERY_BLOCK = 128  # queries that share one set of keys; what lies above the diagonal outside of a block is skipped
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,13 @@ class AttentionContext:
     """What all layers of one forward pass share.
 
     cos_BLR, sin_BLR: rotary tables, [B or 1, L, R/2].
-    bias: 0 where a query may look, -inf where not, [1, L, L] or [B * H, L, L].
+    bias: 0 where a query may look, -inf where not, [B * H, L, L]; None when a token sees all earlier ones.
     keep_BL: real tokens, or None when all are.
     """
 
     cos_BLR: Tensor
     sin_BLR: Tensor
-    bias: Tensor
+    bias: Tensor | None
     keep_BL: Tensor | None
 
 
@@ -50,16 +53,66 @@ def attention_context(
     if positions_BL is None:
         positions_BL = torch.arange(length, device=device)[None]
     cos_BLR, sin_BLR = rotary_tables(config, positions_BL, dtype)
-    allowed = torch.ones(1, length, length, dtype=torch.bool, device=device).tril()
+    if documents_BL is None and keep_BL is None:
+        return AttentionContext(cos_BLR, sin_BLR, None, None)
+    allowed = torch.ones(tokens_BL.shape[0], length, length, dtype=torch.bool, device=device).tril()
     if documents_BL is not None:
         allowed = allowed & (documents_BL[:, :, None] == documents_BL[:, None, :])
     if keep_BL is not None:
         itself = torch.eye(length, dtype=torch.bool, device=device)  # a padding row must see something
         allowed = allowed & (keep_BL[:, None, :] | itself)
     bias = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -torch.inf)
-    if bias.shape[0] > 1:
-        bias = bias.repeat_interleave(config.num_attention_heads, dim=0)
+    bias = bias.repeat_interleave(config.num_attention_heads, dim=0)
     return AttentionContext(cos_BLR, sin_BLR, bias, keep_BL)
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention by blocks of queries, each against the keys up to its end only; N is batch times heads."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_NLX: Tensor, k_NLX: Tensor, v_NLV: Tensor, bias: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        output_NLV, row_max_NL = torch.empty_like(v_NLV), q_NLX.new_empty(q_NLX.shape[:2])
+        kept = []
+        for start, stop in _blocks(q_NLX.shape[1]):
+            logits = torch.bmm(q_NLX[:, start:stop], k_NLX[:, :stop].transpose(1, 2)).mul_(scale)
+            if bias is None:
+                logits[:, :, start:] += _causal_bias(stop - start, logits)
+            else:
+                logits += bias[:, start:stop, :stop]
+            torch.amax(logits, -1, out=row_max_NL[:, start:stop])
+            probabilities = logits.softmax(-1)
+            torch.bmm(probabilities, v_NLV[:, :stop], out=output_NLV[:, start:stop])
+            kept.append(probabilities)
+        ctx.scale = scale
+        ctx.save_for_backward(q_NLX, k_NLX, v_NLV, *kept)
+        ctx.mark_non_differentiable(row_max_NL)
+        return output_NLV, row_max_NL
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NLV: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q_NLX, k_NLX, v_NLV, *kept = ctx.saved_tensors
+        grad_q = torch.empty_like(q_NLX)
+        grad_k, grad_v = torch.zeros_like(upcast(k_NLX)), torch.zeros_like(upcast(v_NLV))
+        for (start, stop), probabilities in zip(_blocks(q_NLX.shape[1]), kept, strict=True):
+            grad = grad_NLV[:, start:stop]
+            grad_p = torch.bmm(grad, v_NLV[:, :stop].transpose(1, 2))
+            grad_logits = torch._softmax_backward_data(grad_p, probabilities, -1, grad.dtype)
+            torch.bmm(grad_logits, k_NLX[:, :stop], out=grad_q[:, start:stop])
+            grad_v[:, :stop] += torch.bmm(probabilities.transpose(1, 2), grad)
+            grad_k[:, :stop] += torch.bmm(grad_logits.transpose(1, 2), q_NLX[:, start:stop])
+        grad_k = grad_k.mul_(ctx.scale).to(k_NLX.dtype)
+        return grad_q.mul_(ctx.scale), grad_k, grad_v.to(v_NLV.dtype), None, None
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
+
+
+def _causal_bias(length: int, like: Tensor) -> Tensor:
+    return like.new_full((length, length), -torch.inf).triu_(1)
 
 
 def attend(
@@ -69,15 +122,12 @@ def attend(
 
     Logits include the scale; masked pairs and padding rows do not count.
     """
-    batch, heads, length, _ = q_BHLX.shape
-    logits = torch.baddbmm(context.bias, q_BHLX.flatten(0, 1), k_BHLX.flatten(0, 1).transpose(1, 2), alpha=scale)
-    with torch.no_grad():
-        row_max_BHL = logits.amax(-1).view(batch, heads, length)
-        if context.keep_BL is not None:
-            row_max_BHL = row_max_BHL.masked_fill(~context.keep_BL[:, None, :], -torch.inf)
-        max_H = row_max_BHL.amax((0, 2)).to(torch.promote_types(logits.dtype, torch.float32))
-    output = torch.bmm(logits.softmax(-1), v_BHLV.flatten(0, 1))
-    return output.view(batch, heads, length, -1), max_H
+    parts = (tensor.flatten(0, 1) for tensor in (q_BHLX, k_BHLX, v_BHLV))
+    output_NLV, row_max_NL = _Attention.apply(*parts, context.bias, scale)  # type: ignore[no-untyped-call]
+    row_max_BHL = row_max_NL.view(q_BHLX.shape[:3])
+    if context.keep_BL is not None:
+        row_max_BHL = row_max_BHL.masked_fill(~context.keep_BL[:, None, :], -torch.inf)
+    return output_NLV.view(v_BHLV.shape), upcast(row_max_BHL.amax((0, 2)))
 
 
 class LatentAttention(nn.Module):

@@ -6,7 +6,7 @@ Every (token, choice) pair becomes a row; rows are ordered by expert, so that ea
 Letters in shapes: T tokens, S choices per token, E experts, C rows per expert, N rows, D hidden, F expert hidden.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,10 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from k2.config.model import ModelConfig
-from k2.model.layers import GatedMLP, swiglu, upcast
+from k2.model.layers import GatedMLP, gated, gated_backward, upcast
 from k2.model.layout import routed_scaling
 
 WeightTransform = Callable[[Tensor], Tensor]
+
+GROUP_ROWS = 256  # experts pass through the layer together until they have so many rows
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,25 @@ def bias_step(counts_E: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Consecutive experts `experts` with `counts` rows each, which are rows `rows` of all."""
+
+    experts: slice
+    rows: slice
+    counts: list[int]
+
+
+@dataclass(frozen=True)
 class Blocks:
     """Rows ordered by expert: `slots_TS` is the row of each (token, choice), `source_N` the pair of each row.
 
-    Expert e owns `counts[e]` contiguous rows.
+    `tokens_N` is the token of each row; `groups` partition experts and rows.
     """
 
     slots_TS: Tensor
     source_N: Tensor
-    counts: list[int]
+    tokens_N: Tensor
+    groups: list[Group]
 
 
 def arrange(experts_TS: Tensor, count: int) -> Blocks:
@@ -101,80 +113,86 @@ def arrange(experts_TS: Tensor, count: int) -> Blocks:
     order = chosen.argsort(stable=True)
     slots = torch.empty_like(order)
     slots[order] = torch.arange(len(order), device=order.device)
-    return Blocks(slots.view_as(experts_TS), order, torch.bincount(chosen, minlength=count).tolist())
+    groups = list(_groups(torch.bincount(chosen, minlength=count).tolist()))
+    return Blocks(slots.view_as(experts_TS), order, order // experts_TS.shape[1], groups)
 
 
-class _Gather(torch.autograd.Function):
-    """x_TD -> rows_ND; the gradient sums a token's rows in a fixed order, where index_add would not."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, blocks: Blocks) -> Tensor:
-        ctx.blocks = blocks
-        return x_TD.index_select(0, blocks.source_N // blocks.slots_TS.shape[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
-        return _sum_rows(grad_ND, ctx.blocks.slots_TS), None
+def _groups(counts: list[int]) -> Iterator[Group]:
+    expert = row = 0
+    for stop in range(1, len(counts) + 1):
+        rows = sum(counts[expert:stop])
+        if rows >= GROUP_ROWS or stop == len(counts):
+            yield Group(slice(expert, stop), slice(row, row + rows), counts[expert:stop])
+            expert, row = stop, row + rows
 
 
-class _Combine(torch.autograd.Function):
-    """rows_ND -> x_TD, each token the sum of its rows."""
+def _multiply(rows: Tensor, weights: Tensor, counts: list[int], result: Tensor) -> None:
+    """Expert by expert, its rows [N, I] with its matrix of `weights` [E, I, O], straight into the result [N, O].
 
-    @staticmethod
-    def forward(ctx: Any, rows_ND: Tensor, blocks: Blocks) -> Tensor:
-        ctx.blocks = blocks
-        return _sum_rows(rows_ND, blocks.slots_TS)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None]:
-        blocks: Blocks = ctx.blocks
-        return grad_TD.index_select(0, blocks.source_N // blocks.slots_TS.shape[1]), None
-
-
-def _sum_rows(rows_ND: Tensor, slots_TS: Tensor) -> Tensor:
-    return F.embedding_bag(slots_TS, rows_ND, mode="sum")
-
-
-class _SegmentProduct(torch.autograd.Function):
-    """rows_NI x weight_EOI^T, expert by expert over contiguous rows."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.counts = counts
-        output = rows.new_empty(rows.shape[0], weight.shape[1])
-        for x, w, y in zip(rows.split_with_sizes(counts), weight, output.split_with_sizes(counts), strict=True):
-            if len(x):
-                torch.mm(x, w.T, out=y)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows, weight = ctx.saved_tensors
-        grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
-        pieces = zip(
-            grad.split_with_sizes(ctx.counts),
-            rows.split_with_sizes(ctx.counts),
-            grad_rows.split_with_sizes(ctx.counts),
-            strict=True,
-        )
-        for (g, x, gx), w, gw in zip(pieces, weight, grad_weight, strict=True):
-            torch.mm(g, w, out=gx)
-            torch.mm(g.T, x, out=gw)
-        return grad_rows, grad_weight, None
-
-
-def grouped_product(rows: Tensor, weight: Tensor, blocks: Blocks) -> Tensor:
-    """Multiply each expert's rows [., I] with its matrix of `weight` [E, O, I]; gives [N, O].
-
-    One product per expert, straight into its slice: batched products over blocks padded to the largest
-    expert were slower at every shape measured, because routing is never quite balanced.
+    Batched products over blocks padded to the largest expert were slower at every shape measured, because
+    routing is never quite balanced.
     """
-    result: Tensor = _SegmentProduct.apply(rows, weight, blocks.counts)  # type: ignore[no-untyped-call]
-    return result
+    parts = rows.split_with_sizes(counts), weights.unbind(), result.split_with_sizes(counts)
+    for count, x, weight, out in zip(counts, *parts, strict=True):
+        if count:
+            torch.mm(x, weight.to(x.dtype), out=out)
+
+
+def _weight_gradient(grad: Tensor, rows: Tensor, counts: list[int], result: Tensor) -> None:
+    """Expert by expert grad^T rows, into the precision of `result` [E, O, I]."""
+    parts = grad.split_with_sizes(counts), rows.split_with_sizes(counts), result.unbind()
+    for count, g, x, out in zip(counts, *parts, strict=True):
+        if not count:
+            out.zero_()
+        elif out.dtype == x.dtype:
+            torch.mm(g.T, x, out=out)
+        else:
+            out.copy_(g.T @ x)
+
+
+class _RoutedExperts(torch.autograd.Function):
+    """Every token's weighted sum of its experts' outputs, a few experts at a time, so that rows stay in cache.
+
+    Keeps its inputs and the fused gate and up of every row. Weights are cast when used. Sums over a token's rows
+    have a fixed order, where index_add would not.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weights_TS: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, blocks: Blocks
+    ) -> Tensor:
+        scale_N = weights_TS.flatten()[blocks.source_N]
+        gate_up_NG = x_TD.new_empty(len(scale_N), gate_up_EGD.shape[1])
+        output_ND = x_TD.new_empty(len(scale_N), x_TD.shape[1])
+        for group in blocks.groups:
+            rows, gate_up = x_TD.index_select(0, blocks.tokens_N[group.rows]), gate_up_NG[group.rows]
+            _multiply(rows, gate_up_EGD[group.experts].mT, group.counts, gate_up)
+            # A scalar commutes with the down projection, and the inner rows are the narrower ones.
+            inner = gated(gate_up, scale_N[group.rows])
+            _multiply(inner, down_EDF[group.experts].mT, group.counts, output_ND[group.rows])
+        ctx.blocks = blocks
+        ctx.save_for_backward(x_TD, scale_N, gate_up_EGD, down_EDF, gate_up_NG)
+        return F.embedding_bag(blocks.slots_TS, output_ND, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        blocks: Blocks = ctx.blocks
+        x_TD, scale_N, gate_up_EGD, down_EDF, gate_up_NG = ctx.saved_tensors
+        grad_gate_up_EGD, grad_down_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
+        grad_scale_N, grad_rows_ND = torch.empty_like(scale_N), x_TD.new_empty(len(scale_N), x_TD.shape[1])
+        for group in blocks.groups:
+            rows, experts, counts = group.rows, group.experts, group.counts
+            grad = grad_TD.index_select(0, blocks.tokens_N[rows])
+            grad_inner = grad.new_empty(len(grad), down_EDF.shape[2])
+            _multiply(grad, down_EDF[experts], counts, grad_inner)
+            grad_gate_up, grad_scale_N[rows], inner = gated_backward(grad_inner, gate_up_NG[rows], scale_N[rows])
+            _weight_gradient(grad, inner, counts, grad_down_EDF[experts])
+            x_rows = x_TD.index_select(0, blocks.tokens_N[rows])
+            _weight_gradient(grad_gate_up, x_rows, counts, grad_gate_up_EGD[experts])
+            _multiply(grad_gate_up, gate_up_EGD[experts], counts, grad_rows_ND[rows])
+        grad_x_TD = F.embedding_bag(blocks.slots_TS, grad_rows_ND, mode="sum")
+        return grad_x_TD, grad_scale_N[blocks.slots_TS], grad_gate_up_EGD, grad_down_EDF, None
 
 
 class Experts(nn.Module):
@@ -189,17 +207,11 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor) -> Tensor:
         """Weighted sum of the chosen experts' outputs, [T, D]."""
         blocks = arrange(experts_TS, self.gate_up_proj.shape[0])
-        rows: Tensor = _Gather.apply(x_TD, blocks)  # type: ignore[no-untyped-call]
-        inner = swiglu(grouped_product(rows, self._weight(self.gate_up_proj, x_TD.dtype), blocks))
-        # A scalar commutes with the down projection, and the inner rows are the narrower ones.
-        inner = inner * weights_TS.flatten()[blocks.source_N].to(x_TD.dtype)[:, None]
-        outputs = grouped_product(inner, self._weight(self.down_proj, x_TD.dtype), blocks)
-        result: Tensor = _Combine.apply(outputs, blocks)  # type: ignore[no-untyped-call]
+        parameters = self.gate_up_proj, self.down_proj
+        transform = self.weight_transform
+        gate_up, down = parameters if transform is None else (transform(weight) for weight in parameters)
+        result: Tensor = _RoutedExperts.apply(x_TD, weights_TS, gate_up, down, blocks)  # type: ignore[no-untyped-call]
         return result
-
-    def _weight(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        weight = parameter if self.weight_transform is None else self.weight_transform(parameter)
-        return weight.to(dtype)
 
 
 class Dispatcher(Protocol):

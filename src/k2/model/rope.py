@@ -7,11 +7,14 @@ Letters in shapes: B batch, L length, R rotary dimensions.
 """
 
 from math import ceil, floor, log, pi, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from k2.config.model import ModelConfig, RopeScaling
+from k2.model.layers import upcast
 
 
 def _magnitude(factor: float, weight: float) -> float:
@@ -65,7 +68,25 @@ def _table_magnitude(scaling: RopeScaling | None) -> float:
     return _magnitude(scaling.factor, scaling.mscale) / _magnitude(scaling.factor, scaling.mscale_all_dim)
 
 
+class _Rotate(torch.autograd.Function):
+    """Pairs as complex numbers, one multiplication; backward turns the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, turn: Tensor) -> Tensor:
+        ctx.save_for_backward(turn)
+        wide = upcast(x)
+        pairs = torch.complex(wide[..., 0::2], wide[..., 1::2])
+        return torch.view_as_real(pairs.mul_(turn)).mT.flatten(-2).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (turn,) = ctx.saved_tensors
+        pairs = torch.complex(*upcast(grad).chunk(2, dim=-1))
+        return torch.view_as_real(pairs.mul_(turn.conj())).flatten(-2).to(grad.dtype), None
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate interleaved pairs of the last axis; `cos` and `sin` broadcast against half of it."""
-    even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    result: Tensor = _Rotate.apply(x, torch.complex(upcast(cos), upcast(sin)))  # type: ignore[no-untyped-call]
+    return result
