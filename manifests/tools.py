@@ -77,7 +77,8 @@ def _member(archive: zipfile.ZipFile, wanted: Callable[[str], bool]) -> str:
 
 
 def _promtool(folder: Path) -> bytes:
-    folder.chmod(0o755)  # apt's download user writes here
+    # A fresh machine has no package lists; without the right to fetch them, those that are there have to do.
+    subprocess.run(["apt-get", "update", "-q"], check=False, stdout=subprocess.DEVNULL)
     subprocess.run(["apt-get", "download", "-q", "prometheus"], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     subprocess.run(["dpkg", "-x", next(folder.glob("*.deb")), folder / "root"], check=True)
     return (folder / "root" / "usr" / "bin" / "promtool").read_bytes()

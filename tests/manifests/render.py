@@ -24,8 +24,8 @@ TYPES: dict[str, dict[str, Any]] = {
     "boolean": {"type": "boolean"},
     "quantity": {"type": "string", "pattern": r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?)?$"},
     "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+    "object": {"type": "object"},
     "podTemplate": {"type": "object", "required": ["spec"]},
-    "any": {},
 }
 CUSTOM = yaml.safe_load((Path(__file__).with_name("schemas.yaml")).read_text())
 

@@ -36,6 +36,8 @@ def test_commands_work(command: str, tmp_path: Path) -> None:
         assert kustomize(arguments[arguments.index("-k") + 1])
     elif program == "kubectl" and "kustomize" in arguments:
         assert run(tool("kubectl"), *arguments)
+    elif program == "kubectl" and "--filename" in arguments:
+        assert (ROOT / "pipelines" / arguments[-1]).exists(), "the same file of the fixture deployment"
     elif program == "kubectl":
         secret = yaml.safe_load(run(tool("kubectl"), *arguments, "--dry-run=client", "--output=yaml"))
         assert set(secret["data"]) == {

@@ -78,6 +78,19 @@ def test_the_validation_can_fail(kind: str, change: dict[str, Any]) -> None:
         validate(queue | {"spec": queue["spec"] | {"cohort": "v1beta1"}})
 
 
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "pipelines" / "compiled").glob("*.resources.yaml")), ids=lambda p: p.name
+)
+def test_compiled_pipelines_are_valid_and_applied_in_order(file: Path) -> None:
+    pipeline, version = yaml.safe_load_all(file.read_text())
+    for thing in (pipeline, version):
+        assert is_custom(thing)
+        validate(thing)
+    assert version["spec"]["pipelineName"] == pipeline["metadata"]["name"]
+    waves = [int(thing["metadata"]["annotations"]["argocd.argoproj.io/sync-wave"]) for thing in (pipeline, version)]
+    assert waves[0] < waves[1]
+
+
 @pytest.mark.parametrize(("kind", "namespace"), OVERLAYS.items())
 def test_an_overlay_stays_in_its_namespace_and_creates_none(kind: str, namespace: str) -> None:
     for thing in kustomize(overlay(kind)):
