@@ -9,7 +9,8 @@ from functools import lru_cache
 
 from k2.config.cluster import Cluster
 from k2.config.model import ModelConfig
-from k2.model.layout import flops_per_token, logical_tensors
+from k2.model.cost import token_cost
+from k2.model.layout import logical_tensors
 from k2.planner.layout import Layout, layers_of_rank
 from k2.planner.memory import BF16, FP32, layer_sizes, stage_memory, stage_sizes
 
@@ -223,5 +224,5 @@ def _chunk_bytes(model: ModelConfig, layout: Layout, stage: int, batch_tokens: i
 
 def utilisation(model: ModelConfig, cluster: Cluster, step: StepTime, batch_tokens: int, context: int) -> float:
     """Model FLOPs utilisation: what the model needs over what the GPUs could do in a step."""
-    needed = 3.0 * flops_per_token(model, context) * batch_tokens
+    needed = token_cost(model, context).flops_training * batch_tokens
     return needed / (step.total * cluster.gpus * cluster.gpu.bf16_tflops * TERA)
