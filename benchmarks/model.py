@@ -1,29 +1,63 @@
-"""Forward plus backward and generation against transformers' DeepseekV3, both sides interleaved in one run.
+"""Training path of the model against transformers' DeepseekV3 and against its own bound, interleaved in one run.
 
 Prints one JSON row per claim. Time is this process's CPU time, so that a busy machine spreads the ratios less;
 the peer runs with and without bf16 autocast and the faster of the two counts.
+
+Letters in shapes: B batch, L length.
 """
 
 import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from k2.config.model import ModelConfig
-from k2.model.generate import Engine
+from k2.config.optimizer import OptimizerConfig
 from k2.model.hf import to_hf_config
-from k2.model.sampling import SamplingConfig
+from k2.model.layout import logical_tensors
+from k2.model.mla import attend, attention_context
+from k2.model.rope import softmax_scale
 from k2.model.transformer import Transformer
+from k2.optim.muonclip import MuonClip
+from k2.training.batches import micro_batches, next_token_loss
+from k2.training.loop import train_step
+from k2.training.state import TrainState
 
 SHAPES = Path(__file__).with_name("shapes.yaml")
+LR = 1e-3
 Step = Callable[[], object]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model shape and one random batch for it."""
+
+    config: ModelConfig
+    inputs_BL: Tensor
+    targets_BL: Tensor
+
+
+def load_case(name: str, **changes: Any) -> Case:
+    """A shape of `shapes.yaml`, fields of its model changed."""
+    shape = yaml.safe_load(SHAPES.read_text())[name]
+    config = ModelConfig(**shape["model"] | changes)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (shape["batch"], shape["length"] + 1), generator=generator)
+    return Case(config, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
 def cpu_seconds(step: Step) -> float:
@@ -33,24 +67,32 @@ def cpu_seconds(step: Step) -> float:
     return time.process_time() - start
 
 
-def row(claim: str, ours: Step, peers: dict[str, Step], target: float, rounds: int) -> dict[str, Any]:
-    """Run both sides `rounds` times in turn; ratios are peer time over our time, the fastest peer's."""
-    times: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
+def interleave(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of every step, all sides in turn; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
-        for name, step in {"ours": ours, **peers}.items():
+        for name, step in steps.items():
             seconds = cpu_seconds(step)
-            times[name] += [seconds] if number else []  # the first round warms up
-    fastest = min(peers, key=lambda name: median(times[name]))
-    ratios = sorted(peer / own for peer, own in zip(times[fastest], times["ours"], strict=True))
-    return {
-        "claim": claim,
-        "peer": fastest,
-        "ratio": round(median(ratios), 3),
-        "low": round(ratios[0], 3),
-        "high": round(ratios[-1], 3),
-        "target": target,
-        "better": "higher",
-    }
+            times[name] += [seconds] if number else []
+    return times
+
+
+def row(claim: str, peer: str, values: list[float], target: float | None, better: str = "higher") -> Row:
+    """One line of the result: median and extremes of the rounds' ratios."""
+    spread = {"ratio": median(values), "low": min(values), "high": max(values)}
+    rounded = {name: round(value, 3) for name, value in spread.items()}
+    return {"claim": claim, "peer": peer, **rounded, "target": target, "better": better}
+
+
+def quotients(over: list[float], under: list[float]) -> list[float]:
+    """Round by round."""
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def against_fastest(claim: str, times: dict[str, list[float]], target: float) -> Row:
+    """Peer time over our time for the fastest of all sides but "ours"."""
+    fastest = min(times.keys() - {"ours"}, key=lambda name: median(times[name]))
+    return row(claim, fastest, quotients(times[fastest], times["ours"]), target)
 
 
 def peer_model(config: ModelConfig) -> Any:
@@ -60,75 +102,237 @@ def peer_model(config: ModelConfig) -> Any:
     return model.eval()
 
 
-def training(name: str, shape: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """Forward and backward of one batch."""
-    config = ModelConfig(**shape["model"])
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.vocab_size, (shape["batch"], shape["length"] + 1), generator=generator)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
-    peer = peer_model(config)
+def peer_steps(case: Case, peer: Any) -> dict[str, Step]:
+    """Forward and backward of transformers' model, by precision."""
 
-    def own_step(model: Transformer) -> None:
-        model.zero_grad()
-        torch.autograd.backward(model.loss(model(inputs)[0], targets))
-
-    def peer_step(autocast: bool) -> None:
+    def step(autocast: bool) -> None:
         peer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            loss = peer(inputs, labels=inputs, shift_labels=targets).loss
+            loss = peer(case.inputs_BL, labels=case.inputs_BL, shift_labels=case.targets_BL).loss
         torch.autograd.backward(loss)
 
-    own = {t: Transformer(config, compute_dtype=t).initialize(0) for t in (torch.float32, torch.bfloat16)}
-    ours = min(own.values(), key=lambda model: min(cpu_seconds(lambda: own_step(model)) for _ in range(3)))
-    return row(
-        f"forward+backward, {name} shape",
-        lambda: own_step(ours),
-        {"transformers": lambda: peer_step(False), "transformers bf16 autocast": lambda: peer_step(True)},
-        1.8,
-        rounds,
+    return {"transformers": lambda: step(False), "transformers bf16 autocast": lambda: step(True)}
+
+
+def own_step(case: Case, model: Transformer) -> Step:
+    """Forward and backward of our model."""
+
+    def step() -> None:
+        model.zero_grad()
+        torch.autograd.backward(model.loss(model(case.inputs_BL)[0], case.targets_BL))
+
+    return step
+
+
+def own_model(config: ModelConfig) -> Transformer:
+    """Float32 masters, bfloat16 compute."""
+    return Transformer(config, compute_dtype=torch.bfloat16).initialize(0)
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Records the operands of every matrix product but those of attention, which is measured as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, noting shapes, strides and types of its factors."""
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.seen.append((args[-2], args[-1]))
+        return func(*args, **kwargs or {})
+
+
+def matrix_products(case: Case, model: Transformer) -> Step:
+    """The step's own products at their shapes, strides and types, on random numbers."""
+    with MatrixProducts() as products:
+        own_step(case, model)()
+    pool: dict[Any, Tensor] = {}
+
+    def like(x: Tensor) -> Tensor:
+        key = tuple(x.shape), x.stride(), x.dtype
+        if key not in pool:
+            pool[key] = torch.empty_strided(*key[:2], dtype=x.dtype).normal_()
+        return pool[key]
+
+    operands = [(like(a), like(b)) for a, b in products.seen]
+
+    def step() -> None:
+        for a, b in operands:
+            torch.mm(a, b)
+
+    return step
+
+
+def attentions(case: Case) -> dict[str, Step]:
+    """Forward and backward of all layers' causal attention from ready queries, keys and values: torch's and ours."""
+    config, (batch, length) = case.config, case.inputs_BL.shape
+    widths = config.qk_head_dim, config.qk_head_dim, config.v_head_dim
+    shape = batch, config.num_attention_heads, length
+    q, k, v = (torch.randn(*shape, width, dtype=torch.bfloat16, requires_grad=True) for width in widths)
+    grad = torch.randn_like(v)
+    context = attention_context(config, case.inputs_BL, torch.bfloat16)
+    mask = torch.full((length, length), -torch.inf, dtype=torch.bfloat16).triu(1)
+
+    def explicit() -> Tensor:
+        logits = q @ k.transpose(-1, -2) * softmax_scale(config) + mask
+        return logits.softmax(-1) @ v
+
+    kernels: dict[str, Callable[[], Tensor]] = {
+        "attention, torch SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "attention, products and softmax": explicit,
+        "attention, ours": lambda: attend(q, k, v, softmax_scale(config), context)[0],
+    }
+
+    def layers(kernel: Callable[[], Tensor]) -> None:
+        for _ in range(config.num_hidden_layers):
+            torch.autograd.grad(kernel(), [q, k, v], grad)
+
+    return {name: partial(layers, kernel) for name, kernel in kernels.items()}
+
+
+def cross_entropy(case: Case) -> Step:
+    """Forward and backward of torch's cross-entropy from ready bfloat16 logits."""
+    targets = case.targets_BL.flatten()
+    logits = torch.randn(len(targets), case.config.vocab_size, dtype=torch.bfloat16, requires_grad=True)
+    return lambda: torch.autograd.grad(F.cross_entropy(logits.float(), targets), logits)
+
+
+def training(name: str, rounds: int, target: float, note: str = "", **changes: Any) -> Row:
+    """Forward and backward of one batch."""
+    case = load_case(name, **changes)
+    steps = {"ours": own_step(case, own_model(case.config))} | peer_steps(case, peer_model(case.config))
+    return against_fastest(f"forward+backward, {name} shape{note}", interleave(steps, rounds), target)
+
+
+def bound_share(rounds: int) -> Row:
+    """How much of the step is its matrix products, the fastest attention and cross-entropy, measured alone."""
+    case = load_case("reference")
+    model = own_model(case.config)
+    steps = {"ours": own_step(case, model), "products": matrix_products(case, model), "loss": cross_entropy(case)}
+    kernels = attentions(case)
+    times = interleave(steps | kernels, rounds)
+    fastest = min(kernels, key=lambda name: median(times[name]))
+    bound = [sum(parts) for parts in zip(times["products"], times[fastest], times["loss"], strict=True)]
+    peer = f"its own matrix products + {fastest} + cross-entropy, alone"
+    return row("share of the bound, reference shape", peer, quotients(bound, times["ours"]), 0.85)
+
+
+def whole_step(rounds: int) -> Row:
+    """Forward, backward and optimizer."""
+    case = load_case("reference")
+    config, rows = case.config, len(case.inputs_BL)
+    model, peer = own_model(config), peer_model(config)
+    optimizer = MuonClip(model.named_parameters(), logical_tensors(config), OptimizerConfig())
+    state = TrainState(model, optimizer)
+    batches = micro_batches(case.inputs_BL.numpy(), case.targets_BL.numpy(), rows)
+    update = peer_optimizer(peer)
+
+    def with_update(step: Step) -> Step:
+        return lambda: (step(), update())
+
+    steps: dict[str, Step] = {"ours": lambda: train_step(state, batches, next_token_loss(), lambda _: LR)}
+    steps |= {f"{name} + torch.optim.Muon": with_update(step) for name, step in peer_steps(case, peer).items()}
+    return against_fastest("whole step with optimizer, reference shape", interleave(steps, rounds), 2.0)
+
+
+def peer_optimizer(peer: Any) -> Step:
+    """torch.optim.Muon over each logical matrix, a view of the stacked experts where they are stacked; else AdamW."""
+    views: list[tuple[nn.Parameter, nn.Parameter, Any]] = []
+    muon: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in peer.named_parameters():
+        parts = [(nn.Parameter(parameter.data[index]), parameter, index) for index in _logical_parts(name, parameter)]
+        group = rest if parameter.ndim == 1 or "embed" in name or "lm_head" in name else muon
+        group += [view for view, _, _ in parts]
+        views += parts
+    optimizers = (
+        torch.optim.Muon(muon, lr=LR, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=LR, fused=True),
     )
 
+    def step() -> None:
+        for view, owner, index in views:
+            view.grad = owner.grad[index]
+        for optimizer in optimizers:
+            optimizer.step()
 
-def generation(name: str, shape: dict[str, Any], batch: int, target: float, rounds: int) -> dict[str, Any]:
-    """64 new tokens after 32, sampled at temperature 1."""
-    config = ModelConfig(**shape["model"])
-    prompts = torch.randint(config.vocab_size, (batch, 32), generator=torch.Generator().manual_seed(0))
-    engine, peer = Engine(Transformer(config).initialize(0)), peer_model(config)
-
-    def peer_step(autocast: bool) -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            peer.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                do_sample=True,
-                max_new_tokens=64,
-                eos_token_id=None,
-                pad_token_id=0,
-            )
-
-    return row(
-        f"generated tokens/s, {name} shape, batch {batch}",
-        lambda: engine.generate(prompts.tolist(), 1, SamplingConfig(64)),
-        {"transformers": lambda: peer_step(False), "transformers bf16 autocast": lambda: peer_step(True)},
-        target,
-        rounds,
-    )
+    return step
 
 
-def rows(rounds: int) -> Iterator[dict[str, Any]]:
-    """Every claim about the model, measured."""
-    shapes = yaml.safe_load(SHAPES.read_text())
-    for name, shape in shapes.items():
-        yield training(name, shape, rounds)
-    for batch, target in ((1, 3.0), (8, 4.0), (64, 5.0)):
-        yield generation("reference", shapes["reference"], batch, target, max(2, rounds // 3))
+def _logical_parts(name: str, parameter: Tensor) -> list[Any]:
+    if parameter.ndim != 3:
+        return [...]
+    halves = parameter.shape[1] // 2
+    rows = [slice(halves), slice(halves, None)] if "gate_up" in name else [slice(None)]
+    return [(expert, part) for expert in range(parameter.shape[0]) for part in rows]
+
+
+def growth(rounds: int) -> Row:
+    """384 experts against 16, 8 active, weights resident in bfloat16 with bfloat16 gradients."""
+    steps: dict[str, Step] = {}
+    for experts in (16, 384):
+        case = load_case("reference", n_routed_experts=experts, num_experts_per_tok=8)
+        model = own_model(case.config)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        steps[str(experts)] = own_step(case, model)
+    times = interleave(steps, rounds)
+    claim = "forward+backward, 384 experts against 16, 8 active, bf16 weights"
+    return row(claim, "16 experts", quotients(times["384"], times["16"]), 1.6, "lower")
+
+
+def peak_bytes(step: Step) -> int:
+    """Highest sum of live allocations during the second call above what was live before, by torch's allocator."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    ordered = sorted(changes, key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in ordered))
+
+
+def memory() -> Row:
+    """Peak of a training step, gradients included and set free before it; the thriftier of the peer's precisions."""
+    case = load_case("reference")
+    model, peer = own_model(case.config), peer_model(case.config)
+    ours = peak_bytes(cleared(own_step(case, model), model))
+    theirs = {name: peak_bytes(cleared(step, peer)) for name, step in peer_steps(case, peer).items()}
+    best = min(theirs, key=lambda name: theirs[name])
+    claim = f"peak memory of a step above the model, {ours / 2**20:.0f} against {theirs[best] / 2**20:.0f} MiB"
+    return row(claim, best, [ours / theirs[best]], 0.6, "lower")
+
+
+def cleared(step: Step, model: nn.Module) -> Step:
+    """The step without gradients left from the call before, nor after it."""
+
+    def run() -> None:
+        step()
+        model.zero_grad()
+
+    return run
+
+
+def rows(rounds: int) -> Iterator[Row]:
+    """Every claim about the training path, measured."""
+    yield training("reference", rounds, 1.8)
+    yield training("tiny", rounds, 1.8)
+    yield training("reference", rounds, 2.5, ", 64 experts top 8", n_routed_experts=64, num_experts_per_tok=8)
+    yield bound_share(rounds)
+    yield whole_step(rounds)
+    yield growth(rounds)
+    yield memory()
 
 
 def main() -> None:
     """Print one JSON row per claim."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="measurements per side")
-    for result in rows(parser.parse_args().rounds):
+    parser.add_argument("--threads", type=int, default=1, help="spinning threads lose on a busy machine")
+    parser.add_argument("--json", action="store_true", help="rows are JSON in any case")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for result in rows(arguments.rounds):
         print(json.dumps(result), flush=True)
 
 
