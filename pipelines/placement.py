@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 from kfp.dsl import PipelineTask
+from kfp.dsl.structures import ResourceSpec
 
-from k2.config.deployment import Deployment, Placement
+from k2.config.deployment import Deployment, Placement, Pool
 from k2.config.quantity import mebibytes
 from k2.execution.registry import STAGES
 from k2.platform.pods import CA_FOLDER, LAUNCH_VARIABLE, SCRATCH, environment, labels, secret_variables
@@ -49,9 +50,9 @@ def place(task: PipelineTask, name: str) -> PipelineTask:
     if here.pool.launch == "job":
         launch = {LAUNCH_VARIABLE: here.model_dump_json(exclude_defaults=True)}
         here = _launcher(deployment, here)
-    _size(task, here)
-    # `set_env_variable` inspects the whole call stack for each variable, which is most of the time of compiling.
-    task.container_spec.env = environment(here) | launch
+    container = task.container_spec
+    # kfp's setters inspect the whole call stack each time, which would be most of the time of compiling.
+    container.image, container.resources, container.env = here.image, _resources(here.pool), environment(here) | launch
     _schedule(task, here)
     _secure(task, here)
     _mount(task, here)
@@ -65,13 +66,17 @@ def _launcher(deployment: Deployment, job: Placement) -> Placement:
     return job.model_copy(update={**changes, "timeout_s": job.timeout_s + job.queue_timeout_s})
 
 
-def _size(task: PipelineTask, here: Placement) -> None:
-    """Image, CPU, memory and accelerators; requests are limits."""
-    pool, memory = here.pool, mebibytes(here.pool.memory_bytes())
-    task.set_container_image(here.image).set_cpu_request(pool.cpu).set_cpu_limit(pool.cpu)
-    task.set_memory_request(memory).set_memory_limit(memory)
-    if pool.accelerator:
-        task.set_accelerator_type(pool.accelerator.resource).set_accelerator_limit(pool.accelerator.count)
+def _resources(pool: Pool) -> ResourceSpec:
+    """CPU, memory and accelerators; requests are limits."""
+    memory, device = mebibytes(pool.memory_bytes()), pool.accelerator
+    return ResourceSpec(
+        cpu_request=pool.cpu,
+        cpu_limit=pool.cpu,
+        memory_request=memory,
+        memory_limit=memory,
+        accelerator_type=device.resource if device else None,
+        accelerator_count=str(device.count) if device else None,
+    )
 
 
 def _schedule(task: PipelineTask, here: Placement) -> None:

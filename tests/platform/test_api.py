@@ -37,6 +37,11 @@ def k2(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["pipeline", *arguments, "--deployment", str(DEPLOYMENT)])
 
 
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "POLL_S", 0.02)
+
+
 # Versions.
 
 
@@ -208,7 +213,7 @@ def test_watch_tells_what_changes_and_how_it_ends(
     advance_in_time = threading.Thread(target=advance)
     advance_in_time.start()
     stream = StringIO()
-    assert watch(api, run_id, stream, poll_s=0.04) == "FAILED"
+    assert watch(api, run_id, stream) == "FAILED"
     advance_in_time.join()
     assert stream.getvalue().splitlines() == [
         "Snapshot the corpus: running",
@@ -236,21 +241,21 @@ def test_watch_survives_an_api_server_that_fails(
         return original(run)
 
     monkeypatch.setattr(api, "run", flaky)
-    assert watch(api, run_id, StringIO(), poll_s=0.01) == "SUCCEEDED"
+    assert watch(api, run_id, StringIO()) == "SUCCEEDED"
 
 
 def test_watch_gives_up_in_the_end_and_at_once_when_it_may_not(
     api: PipelinesApi, kubeflow: fake.Kubeflow, version: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_id = submit(api, version, {}, None).run_id
-    states = runs._states(api, run_id, 0.01)
+    states = runs._states(api, run_id)
     assert next(states).state == "PENDING"
     kubeflow.failures += [500] * 100
     monkeypatch.setattr(runs, "PATIENCE_S", 0.1)
     with pytest.raises(StageError, match="500 out of order; the run may still be at work"):
         next(states)
     kubeflow.failures[:] = []
-    states = runs._states(api, run_id, 0.01)
+    states = runs._states(api, run_id)
     next(states)
     kubeflow.failures += [403]
     with pytest.raises(ApiError, match="403 out of order; the service account may not do this"):
@@ -349,8 +354,7 @@ def test_proxy_and_ca_come_from_the_environment(monkeypatch: pytest.MonkeyPatch)
 # The command line.
 
 
-def test_from_nothing_to_a_finished_run(kubeflow: fake.Kubeflow, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "POLL_S", 0.02)
+def test_from_nothing_to_a_finished_run(kubeflow: fake.Kubeflow) -> None:
     assert k2("upload", "--pipeline", "k2").output.endswith(": uploaded\n")
     assert k2("upload", "--pipeline", "k2").output.endswith(": there already\n")
     started = k2("submit", "--param", "preset=nano", "--name", "first", "--json")

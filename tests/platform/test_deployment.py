@@ -33,6 +33,11 @@ def document() -> dict[str, Any]:
         ("pools/gpu/image", "cuda", "pools.gpu.image: there is no image 'cuda'; the images are cpu, gpu"),
         ("pools/gpu/memory", "lots", "pools.gpu.memory: 'lots' is no amount; write it as 500m, 2 or 4Gi"),
         ("pools/gpu/cpu", [2], "pools.gpu.cpu: Input should be a valid string"),
+        (
+            "pools/gpu/cpu",
+            "2Gi",
+            "pools.gpu.cpu: '2Gi' does not fit; cpu: CPU of one pod, request and limit, such as 500m",
+        ),
         ("pools/gpu/queue", "other", "pools.gpu.queue: the queue 'other' has no quota; add it to queues"),
         ("pools/gpu/nccl/PATH", "/x", "pools.gpu.nccl.PATH"),
         ("pools/gpu/scratch/claim", "disk", "name a claim or a storage_class, not both"),

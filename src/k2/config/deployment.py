@@ -82,7 +82,7 @@ class Pool(Section):
     launch: Literal["pod", "job"] = setting(
         "pod", "pod: the Kubeflow pod does the work; job: it starts a job of `nodes` pods and follows it"
     )
-    cpu: Quantity = setting("2", "CPU of one pod, request and limit")
+    cpu: Quantity = setting("2", "CPU of one pod, request and limit, such as 500m or 16", pattern=r"^\d+(\.\d+)?m?$")
     memory: Quantity = setting("4Gi", "memory of one pod's processes, request and limit; shm is added to it")
     nodes: int = setting(1, "pods of one job", ge=1, le=4096)
     accelerator: Accelerator | None = setting(None, "accelerator of one pod")

@@ -18,6 +18,8 @@ from k2.platform.versions import specs
 log = logging.getLogger(__name__)
 
 POLL_S = 5.0
+"""Seconds between two looks at a followed run."""
+
 PATIENCE_S = 600.0
 """Seconds for which a followed run may be unreachable."""
 
@@ -100,7 +102,7 @@ def _same(run: Any, version: Any, parameters: Mapping[str, Any]) -> bool:
     )
 
 
-def watch(api: PipelinesApi, run_id: str, stream: TextIO, poll_s: float = POLL_S) -> str:
+def watch(api: PipelinesApi, run_id: str, stream: TextIO) -> str:
     """Write a line when a task of the run changes, until the run has ended; returns its final state.
 
     An API server that fails or is away for less than `PATIENCE_S` is waited for.
@@ -111,7 +113,7 @@ def watch(api: PipelinesApi, run_id: str, stream: TextIO, poll_s: float = POLL_S
     """
     seen: dict[str, str] = {}
     titles: Mapping[str, str] | None = None
-    for run in _states(api, run_id, poll_s):
+    for run in _states(api, run_id):
         titles = _titles(api, run) if titles is None else titles
         for task, title, state, line in _changes(run, titles):
             if seen.get(task) != state:
@@ -142,12 +144,12 @@ def _existing(api: PipelinesApi, run_id: str) -> Any:
     return run
 
 
-def _states(api: PipelinesApi, run_id: str, poll_s: float) -> Iterator[Any]:
+def _states(api: PipelinesApi, run_id: str) -> Iterator[Any]:
     """The run again and again, until it has ended."""
     run, answered = _existing(api, run_id), time.monotonic()
     yield run
     while run.state not in ENDED:
-        time.sleep(poll_s)
+        time.sleep(POLL_S)
         try:
             run = _existing(api, run_id)
         except (ApiError, UnreachableError) as error:
