@@ -262,6 +262,7 @@ def test_a_quota_has_defaults_for_all_it_counts() -> None:
     counted = {each.removeprefix("requests.") for each in quota["spec"]["hard"] if each.startswith("requests.")}
     assert {each for each in counted if "/" not in each} <= set(container["defaultRequest"])
     assert not [each for each in quota["spec"]["hard"] if each.startswith("limits.")]
+    assert "default" not in container, "a default limit would hit Kubeflow's own servers"
 
 
 def test_queues_cover_what_deployments_and_runtimes_ask_for() -> None:
