@@ -18,7 +18,7 @@ from urllib3.exceptions import HTTPError
 from k2.config.deployment import Deployment
 from k2.config.quantity import amount
 from k2.platform import pods
-from k2.store.embedded import free_ports
+from k2.store.embedded import PORT_FLAGS, free_ports
 from tests.manifests.render import (
     ROOT,
     Object,
@@ -305,10 +305,11 @@ def test_the_store_starts_as_its_manifest_says(tmp_path: Path) -> None:
     """The manifest's command, arguments and environment, on other ports, from a folder that cannot be written."""
     (stateful,) = of_kind(overlay("dev"), "StatefulSet")
     container = stateful["spec"]["template"]["spec"]["containers"][0]
-    master, volume, filer, s3 = free_ports(4)
+    ports = dict(zip(PORT_FLAGS, free_ports(len(PORT_FLAGS)), strict=True))
+    s3 = ports.pop("s3.port")
     arguments = [
         *(each.replace("8333", str(s3)).replace("/data", str(tmp_path / "data")) for each in container["args"]),
-        *(f"-{flag}.port={port}" for flag, port in {"master": master, "volume": volume, "filer": filer}.items()),
+        *(f"-{flag}={port}" for flag, port in ports.items()),
     ]
     (tmp_path / "data").mkdir()
     (tmp_path / "empty").mkdir(mode=0o555)
