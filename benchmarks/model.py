@@ -129,11 +129,11 @@ def own_model(config: ModelConfig) -> Transformer:
     return Transformer(config, compute_dtype=torch.bfloat16).initialize(0)
 
 
-class MatrixProducts(TorchDispatchMode):
+class MatrixProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the operands of every matrix product but those of attention, which is measured as a whole."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -246,16 +246,15 @@ def peer_optimizer(peer: Any) -> Step:
         group = rest if parameter.ndim == 1 or "embed" in name or "lm_head" in name else muon
         group += [view for view, _, _ in parts]
         views += parts
-    optimizers = (
-        torch.optim.Muon(muon, lr=LR, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=LR, fused=True),
-    )
+    muon_optimizer = torch.optim.Muon(muon, lr=LR, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest, lr=LR, fused=True)
 
     def step() -> None:
         for view, owner, index in views:
+            assert owner.grad is not None
             view.grad = owner.grad[index]
-        for optimizer in optimizers:
-            optimizer.step()
+        muon_optimizer.step()  # type: ignore[no-untyped-call]
+        adamw.step()
 
     return step
 
@@ -289,7 +288,7 @@ def peak_bytes(step: Step) -> int:
         step()
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     ordered = sorted(changes, key=lambda event: event.start_ns())
-    return max(accumulate(event.nbytes() for event in ordered))
+    return max(accumulate(int(event.nbytes()) for event in ordered))
 
 
 def memory() -> Row:
