@@ -274,6 +274,7 @@ def main() -> int:
     """Print the rows; 2 where there is no CUDA GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--json", action="store_true", help="rows are JSON with or without it")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.stderr.write("benchmarks/gpu.py needs a CUDA GPU and a CUDA build of torch; this machine has none\n")

@@ -8,7 +8,7 @@ from k2.quant.int4 import dequantize, pack, quantize
 
 
 def adversarial() -> torch.Tensor:
-    """Groups of zeros, ties, one outlier, subnormal and huge values, either sign of the largest."""
+    """Groups of zeros, ties, also of the scale, one outlier, subnormal and huge values, either sign of the largest."""
     rows = torch.randn(9, 96)
     rows[0] = 0.0
     rows[1, :32] = torch.arange(-16, 16) / 4
@@ -17,6 +17,7 @@ def adversarial() -> torch.Tensor:
     rows[4, 5] = -1e4
     rows[5] = -rows[5].abs()
     rows[6] = 1e-30 * rows[6]
+    rows[7, ::16] = 7.5 * (1 + torch.arange(201, 213, 2) * 2**-8)  # scales halfway between two bfloat16 numbers
     return rows
 
 
