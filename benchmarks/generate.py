@@ -5,8 +5,6 @@ and in bfloat16, and the faster of each counts; one thread each, because a secon
 Prints one JSON row per claim. Time is this process's CPU time, so that a busy machine spreads the ratios less.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from _table import Row, row, run
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from k2.config.model import ModelConfig
@@ -53,7 +52,7 @@ def cpu_seconds(step: Step) -> float:
     return time.process_time() - start
 
 
-def speed(config: ModelConfig, batch: int, rounds: int) -> dict[str, Any]:
+def speed(config: ModelConfig, batch: int, rounds: int) -> Row:
     """Run all sides `rounds` times in turn after one warm-up; ratios are peer time over our time."""
     prompts = torch.randint(config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
     own = {name: own_step(config, dtype, prompts) for name, dtype in DTYPES.items()}
@@ -64,30 +63,22 @@ def speed(config: ModelConfig, batch: int, rounds: int) -> dict[str, Any]:
             seconds = cpu_seconds(step)
             times[name] += [seconds] if number else []  # the first round warms up
     ours, theirs = (min(side, key=lambda name: median(times[name])) for side in (own, peer))
-    ratios = sorted(t / o for t, o in zip(times[theirs], times[ours], strict=True))
-    return {
-        "claim": f"generated tokens/s, batch {batch}, ours in {ours}",
-        "peer": theirs,
-        "ratio": round(median(ratios), 3),
-        "low": round(ratios[0], 3),
-        "high": round(ratios[-1], 3),
-        "target": TARGETS[batch],
-        "better": "higher",
-        "tokens_per_cpu_second": round(batch * NEW / median(times[ours])),
-    }
+    ratios = [t / o for t, o in zip(times[theirs], times[ours], strict=True)]
+    claim = f"generated tokens/s, batch {batch}, ours in {ours}"
+    speeds = {"tokens_per_cpu_second": round(batch * NEW / median(times[ours]))}
+    return row(claim, theirs, ratios, TARGETS[batch]) | speeds
 
 
-def cache_bytes() -> dict[str, Any]:
+def cache_bytes() -> Row:
     """Cached values per token and layer at K2's dimensions, against keys and values of all heads."""
     config = ModelConfig()
     full = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
-    ratio = round(full / cache_values_per_token(config), 2)
-    claim = f"cache per token and layer, {cache_values_per_token(config)} of {full} values"
-    sides = {"claim": claim, "peer": "keys and values of all heads", "ratio": ratio, "low": ratio, "high": ratio}
-    return sides | {"target": 35.5, "better": "higher"}
+    cached = cache_values_per_token(config)
+    claim = f"cache per token and layer, {cached} of {full} values"
+    return row(claim, "keys and values of all heads", [full / cached], 35.5)
 
 
-def rows(rounds: int) -> Iterator[dict[str, Any]]:
+def rows(rounds: int) -> Iterator[Row]:
     """Every claim about generation."""
     config = ModelConfig(**yaml.safe_load(SHAPES.read_text())["reference"]["model"])
     for batch in TARGETS:
@@ -95,16 +86,5 @@ def rows(rounds: int) -> Iterator[dict[str, Any]]:
     yield cache_bytes()
 
 
-def main() -> None:
-    """Print one JSON row per claim."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="measurements per side")
-    parser.add_argument("--json", action="store_true", help="rows are JSON with and without it")
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
-    for result in rows(rounds):
-        print(json.dumps(result), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, rows, 5)

@@ -4,17 +4,15 @@ Prints one JSON row per shape. The step is our own forward and backward in bfloa
 so the share is overstated; time is this process's CPU time.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from _table import Row, row, run
 
 from k2.config.model import ModelConfig
 from k2.data.loader import IGNORE, TokenLoader
@@ -39,7 +37,7 @@ def corpus(vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(vocab_size, size=CORPUS_TOKENS, dtype=np.uint16), np.concatenate([[0], ends, [CORPUS_TOKENS]])
 
 
-def measure(name: str, shape: dict[str, Any], rounds: int) -> dict[str, Any]:
+def measure(name: str, shape: dict[str, Any], rounds: int) -> Row:
     """The share of one shape; its spread is that of the rounds."""
     config = ModelConfig(**shape["model"])
     model = Transformer(config, compute_dtype=torch.bfloat16).initialize(0)
@@ -54,31 +52,15 @@ def measure(name: str, shape: dict[str, Any], rounds: int) -> dict[str, Any]:
         torch.autograd.backward(model.loss(hidden, targets.clamp(min=0), counted))
 
     step()
-    shares = sorted(cpu_seconds(loader.next_batch) / cpu_seconds(step) for _ in range(rounds))
-    return {
-        "claim": f"data loader, {name} shape",
-        "peer": "training step without optimizer",
-        "ratio": round(median(shares), 5),
-        "low": round(shares[0], 5),
-        "high": round(shares[-1], 5),
-        "target": 0.02,
-        "better": "lower",
-    }
+    shares = [cpu_seconds(loader.next_batch) / cpu_seconds(step) for _ in range(rounds)]
+    return row(f"data loader, {name} shape", "training step without optimizer", shares, 0.02, "lower")
 
 
-def rows(rounds: int) -> Iterator[dict[str, Any]]:
+def rows(rounds: int) -> Iterator[Row]:
     """One row per shape."""
     for name, shape in yaml.safe_load(SHAPES.read_text()).items():
         yield measure(name, shape, rounds)
 
 
-def main() -> None:
-    """Print one JSON row per claim."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="measurements per side")
-    for result in rows(parser.parse_args().rounds):
-        print(json.dumps(result), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, rows, 9)

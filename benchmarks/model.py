@@ -6,8 +6,6 @@ the peer runs with and without bf16 autocast and the faster of the two counts.
 Letters in shapes: B batch, L length.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from typing import Any
 
 import torch
 import yaml
+from _table import Row, row, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,7 +38,6 @@ from k2.training.state import TrainState
 SHAPES = Path(__file__).with_name("shapes.yaml")
 LR = 1e-3
 Step = Callable[[], object]
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,6 @@ def interleave(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
             seconds = cpu_seconds(step)
             times[name] += [seconds] if number else []
     return times
-
-
-def row(claim: str, peer: str, values: list[float], target: float | None, better: str = "higher") -> Row:
-    """One line of the result: median and extremes of the rounds' ratios."""
-    spread = {"ratio": median(values), "low": min(values), "high": max(values)}
-    rounded = {name: round(value, 3) for name, value in spread.items()}
-    return {"claim": claim, "peer": peer, **rounded, "target": target, "better": better}
 
 
 def quotients(over: list[float], under: list[float]) -> list[float]:
@@ -323,17 +314,5 @@ def rows(rounds: int) -> Iterator[Row]:
     yield memory()
 
 
-def main() -> None:
-    """Print one JSON row per claim."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="measurements per side")
-    parser.add_argument("--threads", type=int, default=1, help="spinning threads lose on a busy machine")
-    parser.add_argument("--json", action="store_true", help="rows are JSON in any case")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    for result in rows(arguments.rounds):
-        print(json.dumps(result), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, rows, 9)

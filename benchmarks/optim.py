@@ -4,18 +4,16 @@ Prints one JSON row per claim. With one thread, time is this process's CPU time,
 ratios less; with more it is wall time, which needs an idle machine.
 """
 
-import argparse
-import json
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from _table import Row, row, run
 from torch import Tensor, nn
 from torch.optim._muon import _zeropower_via_newtonschulz
 
@@ -49,13 +47,6 @@ def ratios(numerator: Step, denominator: Step, rounds: int) -> list[float]:
     """Quotients of time, both sides in turn, ascending; the first round warms up."""
     found = [seconds(numerator) / seconds(denominator) for _ in range(rounds + 1)]
     return sorted(found[1:])
-
-
-def row(claim: str, peer: str, values: list[float], target: float | None, better: str) -> dict[str, Any]:
-    """One line of the result."""
-    spread = {"ratio": median(values), "low": values[0], "high": values[-1]}
-    rounded = {name: round(value, 4) for name, value in spread.items()}
-    return {"claim": claim, "peer": peer, **rounded, "target": target, "better": better}
 
 
 def model_with_gradients(config: ModelConfig) -> Transformer:
@@ -158,7 +149,7 @@ def orthogonality_error(count: int, rows: int, columns: int, decay: float) -> li
     return sorted(found)
 
 
-def measure(rounds: int) -> Iterator[dict[str, Any]]:
+def measure(rounds: int) -> Iterator[Row]:
     """All claims about the optimizer."""
     shape = yaml.safe_load(SHAPES.read_text())["reference"]
     config, batch, length = ModelConfig(**shape["model"]), shape["batch"], shape["length"]
@@ -184,17 +175,5 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
         yield row(claim, "torch.optim.Muon", errors, 1.0, "lower")
 
 
-def main() -> None:
-    """Print the rows."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true", help="rows are JSON with or without it")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    for result in measure(arguments.rounds):
-        print(json.dumps(result), flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__, measure, 7)

@@ -4,8 +4,6 @@ Prints JSON rows. The step overhead is the run with every stage cached, server s
 divided by its steps. The one ratio that is independent of the machine's speed, cached over first run, has no target.
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -13,8 +11,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
-from typing import Any
+
+from _table import Row, row, run
 
 STEPS = 15
 """Stages and the step that resolves the configuration."""
@@ -28,40 +26,18 @@ def seconds(home: Path) -> float:
     return time.monotonic() - started
 
 
-def row(claim: str, peer: str, values: list[float], target: float | None) -> dict[str, Any]:
-    """One row of the table: the median with the smallest and the largest value."""
-    ordered = [round(value, 3) for value in sorted(values)]
-    return {
-        "claim": claim,
-        "peer": peer,
-        "ratio": round(median(ordered), 3),
-        "low": ordered[0],
-        "high": ordered[-1],
-        "target": target,
-        "better": "lower",
-    }
-
-
-def rows(rounds: int) -> Iterator[dict[str, Any]]:
+def rows(rounds: int) -> Iterator[Row]:
     """All rows; every round starts from nothing."""
     first, again = [], []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory(prefix="k2-bench-") as folder:
             first.append(seconds(Path(folder)))
             again.append(seconds(Path(folder)))
-    yield row("nano from nothing, seconds", "60 s", first, 60)
-    yield row("nano with every stage cached, seconds", "15 s", again, 15)
-    yield row("the cached run by step, seconds", "0.5 s", [each / STEPS for each in again], 0.5)
-    yield row("cached run", "first run", [b / a for a, b in zip(first, again, strict=True)], None)
-
-
-def main() -> None:
-    """Print one JSON row per claim."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="runs from nothing, about a minute each")
-    for result in rows(parser.parse_args().rounds):
-        print(json.dumps(result), flush=True)
+    yield row("nano from nothing, seconds", "60 s", first, 60, "lower")
+    yield row("nano with every stage cached, seconds", "15 s", again, 15, "lower")
+    yield row("the cached run by step, seconds", "0.5 s", [each / STEPS for each in again], 0.5, "lower")
+    yield row("cached run", "first run", [b / a for a, b in zip(first, again, strict=True)], None, "lower")
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, rows, 3)

@@ -3,19 +3,17 @@
 python benchmarks/quant.py
 """
 
-import json
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from _table import Row, row, run
 from compressed_tensors.compressors import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
 from k2.quant.int4 import pack, unpack
 
 SHAPES = {"gate_proj of a Kimi K2 expert": (2048, 7168), "down_proj of a Kimi K2 expert": (7168, 2048)}
-ROUNDS = 7
 
 
 def ours(values: Tensor) -> Tensor:
@@ -35,30 +33,20 @@ def seconds(function: Callable[[Tensor], Tensor], values: Tensor) -> float:
     return time.process_time() - started
 
 
-def measure(shape: tuple[int, int]) -> list[float]:
+def measure(shape: tuple[int, int], rounds: int) -> list[float]:
     """Ratios peer / ours of interleaved rounds, after one that warms up and proves the bytes equal."""
     values = torch.randint(-8, 8, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     if not (torch.equal(pack(values), pack_to_int32(values, 4)) and torch.equal(ours(values), theirs(values))):
         raise SystemExit("not bit-equal to compressed-tensors")
-    return [seconds(theirs, values) / seconds(ours, values) for _ in range(ROUNDS)]
+    return [seconds(theirs, values) / seconds(ours, values) for _ in range(rounds)]
 
 
-def main() -> None:
-    """Print one JSON row per shape."""
-    torch.set_num_threads(1)
+def rows(rounds: int) -> Iterator[Row]:
+    """One row per shape."""
     for name, shape in SHAPES.items():
-        ratios = measure(shape)
-        row = {
-            "claim": f"INT4 pack + unpack, {name} {list(shape)}",
-            "peer": "compressed-tensors",
-            "ratio": round(statistics.median(ratios), 2),
-            "low": round(min(ratios), 2),
-            "high": round(max(ratios), 2),
-            "target": 3.0,
-            "better": "higher",
-        }
-        print(json.dumps(row))
+        claim = f"INT4 pack + unpack, {name} {list(shape)}"
+        yield row(claim, "compressed-tensors", measure(shape, rounds), 3.0)
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, rows, 7)

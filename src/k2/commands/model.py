@@ -45,11 +45,12 @@ def chat(model: str, form: str, system: str | None, max_tokens: int, temperature
     converse(folder, settings=settings)
 
 
-@click.command()
+@click.command(context_settings={"ignore_unknown_options": True})
 @click.argument("topic", required=False)
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
-def bench(topic: str | None, as_json: bool) -> None:
-    """Run the benchmarks of one topic, or list the topics."""
+def bench(topic: str | None, options: tuple[str, ...], as_json: bool) -> None:
+    """Run the benchmarks of one topic, or list the topics; OPTIONS such as `--rounds 3` go to the benchmark."""
     folder = Path(__file__).parents[3] / "benchmarks"
     topics = sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
     if topic is None:
@@ -57,7 +58,8 @@ def bench(topic: str | None, as_json: bool) -> None:
         return
     if topic not in topics:
         raise UserError(f"bench {topic!r}: no such topic; there are {', '.join(topics)}")
-    sys.argv = [topic, *(["--json"] if as_json else [])]
+    sys.path.insert(0, str(folder))
+    sys.argv = [topic, *options, *(["--json"] if as_json else [])]
     runpy.run_path(str(folder / f"{topic}.py"), run_name="__main__")
 
 
