@@ -98,9 +98,9 @@ def _cell(arm: Mapping[str, Any], column: str) -> str:
 
 def figures(study: Study) -> dict[str, Markup]:
     """Every figure by name: differences of held-out losses with intervals, then the curves that the study asks for."""
-    label = f"held-out loss less that of {study['reference']}"
+    title, label = f"{study['title']}: held-out loss", f"nats per token less {study['reference']}'s"
     differences = [_interval(name, arm["values"]["difference"]) for name, arm in _arms(study)]
-    heldout = dot_plot(f"{study['title']}: {label}", [(label, differences)], x_label="nats per token")
+    heldout = dot_plot(title, [("held-out loss", differences)], x_label=label)
     return {"heldout": heldout} | {name: _curve(study, name) for name in study["figures"]}
 
 
