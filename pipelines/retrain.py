@@ -39,5 +39,6 @@ def retrain(
             guard(config=config, only_if_new=only_if_new, budget=budget, budget_days=budget_days, costs=stage_costs()),
             "guard",
         )
-        with dsl.If(decision.outputs["proceed"] == True, name="Train and judge"):  # noqa: E712
+        # Text, and the only output: kfp's local runner takes everything else for false.
+        with dsl.If(decision.outputs["Output"] == "yes", name="Train and judge"):
             recipe(config)

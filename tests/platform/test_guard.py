@@ -2,6 +2,7 @@
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from k2.errors import UserError
 from k2.execution.digest import artifact_key
 from k2.execution.registry import STAGES
 from k2.monitoring.run_record import read_run
-from k2.platform import guard
 from k2.platform.guard import DAY_S, first_missing, guard_component, spending
 from k2.store.artifacts import Artifact, ArtifactWriter
 from k2.store.client import Store
@@ -108,30 +108,41 @@ def test_a_budget_without_prices_is_refused(store: Store, capsys: pytest.Capture
     assert capsys.readouterr().err.startswith("error: budget: no pool has a price")
 
 
-def test_a_refused_run_ends_green_with_a_report_and_without_work(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The guarded pipeline as a cluster runs it, by kfp's local runner."""
-    import warnings
+@pytest.fixture
+def retrain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The guarded pipeline by kfp's local runner, in a deployment where an hour of RL costs 100."""
+    from kfp import dsl, local
 
-    from kfp import local
+    from pipelines import retrain as module
 
-    from pipelines import placement, retrain
-
-    record(store, "last", "rl", time.time() - DAY_S, 1.0)
-    record(store, "last", "report", time.time() - DAY_S, 0.0)
     root = Path(__file__).parents[2]
     monkeypatch.setenv("PYTHONPATH", f"{root / 'src'}:{root}")
-    monkeypatch.setattr(placement, "stage_costs", lambda: '{"rl": 100.0}')
-    monkeypatch.setattr(retrain, "stage_costs", lambda: '{"rl": 100.0}')
-    from kfp import dsl
+    monkeypatch.setattr(module, "stage_costs", lambda: '{"rl": 100.0}')
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        priced: Callable[..., Any] = dsl.pipeline(name="k2-retrain")(retrain.retrain.pipeline_func)
-        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"))
-        priced(preset="nano", run="scheduled", only_if_new=False, budget=150.0)
+    def run(**parameters: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            priced: Callable[..., Any] = dsl.pipeline(name="k2-retrain")(module.retrain.pipeline_func)
+            local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"))
+            priced(preset="nano", run="scheduled", only_if_new=False, **parameters)
+
+    return run
+
+
+def test_a_refused_run_ends_green_with_a_report_and_without_work(
+    store: Store, tmp_path: Path, retrain: Callable[..., None]
+) -> None:
+    record(store, "last", "rl", time.time() - DAY_S, 1.0)
+    record(store, "last", "report", time.time() - DAY_S, 0.0)
+    retrain(budget=150.0)
     assert [each["stage"] for each in read_run(store, "scheduled")] == ["report"]
     verdict = next((tmp_path / "kfp").rglob("verdict*"))
     assert "Over budget" in verdict.read_text()
-    assert guard.first_missing(CONFIG, store) == "corpus"
+
+
+def test_a_run_that_may_go_on_starts_the_recipe(store: Store, retrain: Callable[..., None]) -> None:
+    """Its first stage is made to fail, which is quick and shows that it was reached."""
+    with pytest.raises(RuntimeError):
+        retrain(budget=150.0, overrides="corpus: {paths: [/nonexistent]}")
+    states = {each["stage"]: each["status"] for each in read_run(store, "scheduled")}
+    assert (states["corpus"], states["report"]) == ("failed", "done")

@@ -184,7 +184,7 @@ def test_the_guard_knows_the_prices_and_comes_before_the_recipe(gpu: Deployment)
     condition = found["condition-2"]
     assert "guard" in condition["dependentTasks"]
     assert found["guard"]["dependentTasks"] == ["configure"]
-    assert "== true" in condition["triggerPolicy"]["condition"]
+    assert "== 'yes'" in condition["triggerPolicy"]["condition"]
 
 
 def test_no_package_is_installed_at_run_time(rendering: Rendering) -> None:
