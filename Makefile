@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(T
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup run nano test lint format compile bench clean
+.PHONY: help setup run nano test tools lint format compile images bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ nano: $(READY) ## the whole recipe in under a minute
 test: lint ## lint and all tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
+tools: $(READY) ## fetch kubectl, helm, hadolint and promtool, with which more tests run
+	$(BIN)/python manifests/tools.py
+
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,8 +48,15 @@ format: $(READY) ## put the code into its canonical form
 compile: $(READY) ## render the pipelines for Kubeflow into pipelines/compiled
 	$(BIN)/k2 pipeline compile --deployment pipelines/deployments/gpu.yaml --revision 0000000000000000000000000000000000000000 --out pipelines/compiled
 
+images: ## the CPU and the GPU image, with docker, podman or buildah
+	$(PYTHON) images/build.py cpu
+	$(PYTHON) images/build.py gpu
+
 bench: $(READY) ## all benchmarks
-	for topic in $$($(BIN)/k2 bench); do $(BIN)/k2 bench $$topic; done
+	for topic in $$($(BIN)/k2 bench | grep -v gpu); do $(BIN)/k2 bench $$topic; done
+
+bench-gpu: $(READY) ## GPU kernels against torch, SDPA and Liger; needs a CUDA GPU
+	$(BIN)/k2 bench gpu
 
 clean: ## remove the environment, the embedded store and the runs
 	rm -rf $(VENV) .k2 runs

@@ -212,6 +212,8 @@ def test_balance_loss_is_one_when_every_expert_is_equally_likely_and_chosen() ->
     assert balance_loss(routing, 2) == 1.0
     crowded = Routing(torch.zeros_like(experts), torch.ones(6, 2), torch.eye(6)[0].expand(6, 6))
     assert balance_loss(crowded, 2) == 6.0
+    silent = Routing(experts, torch.ones(6, 2), torch.zeros(6, 6))
+    assert balance_loss(silent, 2) == 0.0
 
 
 def test_bias_step_raises_underloaded_experts_and_keeps_the_mean() -> None:

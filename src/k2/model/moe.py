@@ -70,7 +70,7 @@ def balance_loss(routing: Routing, sequences: int) -> Tensor:
     count = scores.shape[-1]
     chosen = F.one_hot(experts, count).sum((1, 2)).to(scores.dtype)
     load = chosen * count / (experts.shape[1] * experts.shape[2])
-    share = (scores / scores.sum(-1, keepdim=True)).mean(1)
+    share = (scores / (scores.sum(-1, keepdim=True) + 1e-20)).mean(1)
     loss: Tensor = (load * share).sum(-1).mean()
     return loss
 

@@ -74,17 +74,18 @@ def plan_page(plan: Plan, cluster: Cluster, others: Mapping[str, Plan | None]) -
 
 def helm_values(cluster: Cluster) -> str:
     """A pool of the whole cluster for pretraining, as chart and deployment file take it; one pod is one node."""
+    cpu, memory = 8 * cluster.gpus_per_node, 0.8 * cluster.host_memory_gb
     pool = {
         "image": "gpu",
         "launch": "job",
         "nodes": cluster.nodes,
-        "cpu": 8 * cluster.gpus_per_node,
-        "memory": f"{0.8 * cluster.host_memory_gb:.0f}G",
+        "cpu": cpu,
+        "memory": f"{memory:.0f}G",
         "accelerator": {"resource": "nvidia.com/gpu", "count": cluster.gpus_per_node},
         "queue": "k2-gpu",
         "cost_per_hour": cluster.price_per_gpu_hour * cluster.gpus_per_node,
     }
-    quota = {"nvidia.com/gpu": cluster.gpus}
+    quota = {"cpu": cpu * cluster.nodes, "memory": f"{memory * cluster.nodes:.0f}G", "nvidia.com/gpu": cluster.gpus}
     values = {"queues": {"k2-gpu": {"quota": quota}}, "pools": {"pretrain": pool}, "stages": {"pretrain": "pretrain"}}
     text: str = yaml.safe_dump({"deployment": values}, sort_keys=False)
     return text
