@@ -162,8 +162,9 @@ def test_the_page_is_self_contained() -> None:
 def test_the_helm_values_are_a_pool_that_a_deployment_takes() -> None:
     place = cluster("h800-256")
     values = yaml.safe_load(helm_values(place))["deployment"]
-    shipped = yaml.safe_load(Path("pipelines/deployments/gpu.yaml").read_text())
-    merged = {name: shipped[name] | values.get(name, {}) for name in ("pools", "queues", "stages")}
+    shipped = yaml.safe_load((Path(__file__).parents[2] / "pipelines/deployments/cpu.yaml").read_text())
+    merged = {name: shipped.get(name, {}) | values[name] for name in ("pools", "queues", "stages")}
+    merged["images"] = {"cpu": shipped["images"]["cpu"], "gpu": shipped["images"]["cpu"]}
     pool = Deployment.model_validate(shipped | merged).pools["pretrain"]
     assert pool.accelerator is not None
     assert pool.nodes * pool.accelerator.count == place.gpus

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from k2.config.base import Section
-from k2.errors import StageError
+from k2.errors import StageError, UserError
 from k2.execution.contract import Progress, StageResult
 from k2.execution.digest import artifact_key, code_digest
 from k2.execution.registry import STAGES, StageSpec, stage_spec
@@ -52,6 +53,7 @@ def execute(
         done = _intact(store, stage, key)
         if done is not None:
             return Outcome(done, done.statistics, True, time.monotonic() - started)
+    _refuse_launch(stage)
 
     def published(holder: Holder) -> bool:
         progress.event("waiting", holder=f"{holder.host}:{holder.pid}")
@@ -64,6 +66,15 @@ def execute(
         result = _run(spec, config, inputs, store, key, lease, progress)
     cached = spec.always and not result.metrics["changed"]
     return Outcome(result.artifact, result.metrics, cached, time.monotonic() - started)
+
+
+def _refuse_launch(stage: str) -> None:
+    """A pool that launches jobs sets K2_LAUNCH in a small pod, which must not do the stage's work itself."""
+    if os.environ.get("K2_LAUNCH"):
+        raise UserError(
+            f"{stage}: its pool has `launch: job`, and launching jobs is not supported yet; set `launch: pod` in the"
+            " deployment file, compile and upload again"
+        )
 
 
 def lookup(stage: str, config: Section, inputs: Mapping[str, Artifact], store: Store) -> Artifact | None:
