@@ -205,26 +205,6 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     assert all(torch.equal(tensor, found[1][1][name]) for name, tensor in found[0][1].items())
 
 
-class TwoAlike:
-    """The plan of two ranks that happen to hold the same data."""
-
-    def sum_(self, tensors: list[Tensor]) -> None:
-        for tensor in tensors:
-            tensor *= 2
-
-    def max_(self, tensor: Tensor) -> None:
-        pass
-
-
-def test_two_ranks_with_equal_data_make_the_step_of_one() -> None:
-    one, two = state(), state()
-    alone, both = step(one, 4), step(two, 4, plan=TwoAlike())
-    assert both.tokens == 2 * alone.tokens
-    assert both.loss == pytest.approx(alone.loss)
-    for name, tensor in weights(one).items():
-        torch.testing.assert_close(weights(two)[name], tensor)
-
-
 def test_history_thins_and_reduces() -> None:
     history = History(interval=2)
     for i, logit in enumerate([1.0, 5.0, 3.0, 2.0, 7.0]):

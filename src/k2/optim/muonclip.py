@@ -27,7 +27,9 @@ from k2.optim.qk_clip import ClipReport, QKClip, spectral_norms
 class MuonClip(torch.optim.Optimizer):
     """Muon + AdamW + QK-Clip over the parameters of one model.
 
-    Weights that are not float32 get a float32 master here, and are rounded from it after every step.
+    Weights of less than float32 get a float32 master here, and are rounded from it after every step. In distributed
+    training the parameters are the shards that one rank owns, and `clip_layout` is the whole model: every rank sees
+    the maxima of all heads and clips those whose weights it owns.
 
     Attributes:
         qk_clip: running per-head maxima (`qk_clip.observe`) and the counters of clipped heads.
@@ -44,6 +46,7 @@ class MuonClip(torch.optim.Optimizer):
         layout: Iterable[LogicalTensor],
         config: OptimizerConfig,
         lr: float = 0.0,
+        clip_layout: Iterable[LogicalTensor] | None = None,
     ) -> None:
         self._layout = layout = list(layout) if config.matrices == "muon" else _without_muon(layout)
         self.config = config
@@ -58,7 +61,7 @@ class MuonClip(torch.optim.Optimizer):
         self._tensors = self._initial_state()
         self._chunks = self._plan(parts.blocks)
         self._steps = 0
-        self.qk_clip = QKClip(layout, config.tau)
+        self.qk_clip = QKClip(layout if clip_layout is None else clip_layout, config.tau)
         self.clip_report = ClipReport.nothing(self.qk_clip.maxima)
         self.update_rms = 0.0
 
@@ -66,12 +69,12 @@ class MuonClip(torch.optim.Optimizer):
         """Divide the matrices into chunks, and take the memory that every chunk is worked on in."""
         if not blocks:
             return []
-        device = self._weights[blocks[0].parameter].device
-        dtype = torch.bfloat16 if self.config.newton_schulz_bf16 else torch.float32
+        weight = self._weights[blocks[0].parameter]
+        device, dtype = weight.device, torch.bfloat16 if self.config.newton_schulz_bf16 else weight.dtype
         chunks = equal_shapes(blocks, dtype, device)
         shapes = [total(pieces) for pieces in chunks]
         self._workspace = Workspace(shapes, dtype, device)
-        self._wide = torch.empty(max(map(prod, shapes)), device=device)
+        self._wide = torch.empty(max(map(prod, shapes)), dtype=weight.dtype, device=device)
         return chunks
 
     def _initial_state(self) -> dict[str, Tensor]:
@@ -195,7 +198,7 @@ def _without_muon(layout: Iterable[LogicalTensor]) -> list[LogicalTensor]:
 
 
 def _master(parameter: nn.Parameter) -> Tensor:
-    return parameter if parameter.dtype == torch.float32 else parameter.detach().float()
+    return parameter if parameter.dtype in (torch.float32, torch.float64) else parameter.detach().float()
 
 
 def _gradient(parameter: nn.Parameter, weight: Tensor) -> Tensor:

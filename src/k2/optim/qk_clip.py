@@ -123,10 +123,13 @@ class QKClip:
 
     @torch.no_grad()
     def apply(self, weights: Mapping[str, Tensor]) -> ClipReport:
-        """Scale the rows of clipped heads in the (master) weights, count them, and forget the maxima."""
+        """Scale the rows of clipped heads in the (master) weights, count them, and forget the maxima.
+
+        Projections that are not in `weights` are another rank's.
+        """
         report = ClipReport(self.maxima, clip_factors(self.maxima, self.tau))
         for layer in torch.nonzero((report.gammas < 1).any(dim=1)).flatten().tolist():
-            for projection in self._targets[layer]:
+            for projection in (target for target in self._targets[layer] if target.parameter in weights):
                 factors_O = row_factors(projection.head_rows, report.gammas[layer])
                 weights[projection.parameter].mul_(factors_O[:, None].to(weights[projection.parameter]))
         self.counts += report.gammas < 1

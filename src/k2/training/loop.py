@@ -53,13 +53,19 @@ class LossFn(Protocol[BatchT_contra]):
 
 
 class ParallelPlan(Protocol):
-    """How the ranks of a run share one step."""
+    """How the ranks of a run share one step. Every trained value is in exactly one rank's optimizer."""
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Sum each tensor over the data-parallel ranks, in place."""
+        """Sum each tensor over all ranks, in place."""
 
     def max_(self, tensor: Tensor) -> None:
-        """Maximum over the data-parallel ranks, in place."""
+        """Maximum over all ranks, in place."""
+
+    def reduce_gradients(self) -> None:
+        """Give what this rank's optimizer updates the sum of all ranks' gradients."""
+
+    def share_update(self, optimizer: MuonClip) -> None:
+        """Bring every rank's update to the ranks that compute with those weights, and make its RMS that of all."""
 
 
 class SingleProcess:
@@ -70,6 +76,12 @@ class SingleProcess:
 
     def max_(self, tensor: Tensor) -> None:
         """One rank's maximum is the maximum."""
+
+    def reduce_gradients(self) -> None:
+        """One rank's gradients are the gradients."""
+
+    def share_update(self, optimizer: MuonClip) -> None:
+        """The weights are already where they are used."""
 
 
 @dataclass
@@ -113,13 +125,13 @@ def train_step(
     optimizer.zero_grad()
     sums = _accumulate(state, batches, loss_fn)
     _share(sums, optimizer, plan)
-    loss, grad_norm = sums.loss / sums.weight, _normalize_gradients(optimizer, sums.weight)
+    loss, grad_norm = sums.loss / sums.weight, _normalize_gradients(optimizer, sums.weight, plan)
     rate = lr(state.tokens + sums.tokens)
     maxima = optimizer.qk_clip.maxima.amax(1).tolist()
     spike = spike_in(state, loss)
     skipped = reason_to_skip(optimizer.config, loss, grad_norm, spike)
     if skipped is None:
-        _update(state, sums, loss, rate)
+        _update(state, sums, loss, rate, plan)
     clip = ClipReport.nothing(optimizer.qk_clip.maxima) if skipped else optimizer.clip_report
     state.step, state.tokens = state.step + 1, state.tokens + sums.tokens
     state.skipped = state.skipped + 1 if skipped else 0
@@ -155,31 +167,34 @@ def _accumulate(state: TrainState, batches: Iterable[BatchT], loss_fn: LossFn[Ba
 
 
 def _share(sums: _Sums[BatchT], optimizer: MuonClip, plan: ParallelPlan) -> None:
-    """Make the sums and maxima those of all data-parallel ranks: each is counted once, globally."""
+    """Make the sums and maxima those of all ranks: each is counted once, globally."""
     names = sorted(sums.metrics)
     scalars = torch.tensor(
         [sums.weight, sums.tokens, sums.loss, *(sums.metrics[n] for n in names)], dtype=torch.float64
     )
-    gradients = [parameter.grad for parameter in optimizer.trained() if parameter.grad is not None]
     counts = [] if sums.expert_counts_ME is None else [sums.expert_counts_ME]
-    plan.sum_([scalars, *counts, *gradients])
+    plan.sum_([scalars, *counts])
     plan.max_(optimizer.qk_clip.maxima)
+    plan.reduce_gradients()
     sums.weight, tokens, sums.loss, *values = scalars.tolist()
     sums.tokens, sums.metrics = int(tokens), dict(zip(names, values, strict=True))
 
 
-def _normalize_gradients(optimizer: MuonClip, weight: float) -> float:
+def _normalize_gradients(optimizer: MuonClip, weight: float, plan: ParallelPlan) -> float:
     """Divide the summed gradients by the weight, clip their global norm if configured, and return it unclipped."""
     gradients = [parameter.grad for parameter in optimizer.trained() if parameter.grad is not None]
-    norm = float(torch.stack([stable_norm(gradient) for gradient in gradients]).norm()) / weight
-    limit = optimizer.config.max_grad_norm
+    # The square of a float32 is exact in float64, so that one rank's norm keeps its bits.
+    squared = torch.stack([stable_norm(gradient) for gradient in gradients]).norm().double().square().cpu()
+    plan.sum_([squared])
+    norm, limit = float(squared.sqrt()) / weight, optimizer.config.max_grad_norm
     torch._foreach_mul_(gradients, (1.0 if limit is None or norm <= limit else limit / norm) / weight)
     return norm
 
 
-def _update(state: TrainState, sums: _Sums[BatchT], loss: float, lr: float) -> None:
+def _update(state: TrainState, sums: _Sums[BatchT], loss: float, lr: float, plan: ParallelPlan) -> None:
     state.optimizer.set_lr(lr)
     state.optimizer.step()
+    plan.share_update(state.optimizer)
     if sums.expert_counts_ME is not None:
         balance_experts(state.model, sums.expert_counts_ME, state.optimizer.config.bias_update_speed)
     mean = loss if state.mean_loss is None else state.mean_loss
