@@ -217,14 +217,17 @@ class Experts(nn.Module):
 class Dispatcher(Protocol):
     """Carries tokens to the experts and back: here, or across expert-parallel ranks."""
 
-    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
-        """Weighted sum [T, D] of the outputs of every token's chosen experts."""
+    def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Callable[[], Tensor]:
+        """Send tokens off; what is returned gives the weighted sum [T, D] of their experts' outputs.
+
+        Whatever is computed before it is called runs while the tokens travel.
+        """
 
 
-def local_dispatch(x_TD: Tensor, routing: Routing, experts: Experts) -> Tensor:
+def local_dispatch(x_TD: Tensor, routing: Routing, experts: Experts) -> Callable[[], Tensor]:
     """All experts are here."""
     result: Tensor = experts(x_TD, routing.experts_TS, routing.weights_TS)
-    return result
+    return lambda: result
 
 
 class MixtureOfExperts(nn.Module):
@@ -242,5 +245,7 @@ class MixtureOfExperts(nn.Module):
         """[B, L, D] -> [B, L, D], and the routing for statistics and the balance loss."""
         x_TD = x_BLD.flatten(0, 1)
         routing = self.gate(x_TD)
-        output = self.dispatch(x_TD, routing, self.experts).view_as(x_BLD)
-        return output if self.shared_experts is None else output + self.shared_experts(x_BLD), routing
+        routed = self.dispatch(x_TD, routing, self.experts)
+        shared_BLD = None if self.shared_experts is None else self.shared_experts(x_BLD)
+        output_BLD = routed().view_as(x_BLD)
+        return output_BLD if shared_BLD is None else output_BLD + shared_BLD, routing
