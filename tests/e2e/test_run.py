@@ -99,6 +99,8 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 @pytest.mark.parametrize("command", re.findall(r"^\$ k2 (.+)$", README, re.MULTILINE))
 def test_the_readme_s_commands_work(nano: Nano, command: str) -> None:
     site, _ = nano
+    shipped = Path("pipelines") / "deployments"
+    shutil.copytree(Path(__file__).parents[2] / shipped, site.folder / shipped, dirs_exist_ok=True)
     run = site.k2(*shlex.split(command))
     assert run.code == 0, run.err
 

@@ -21,6 +21,8 @@ from k2.kernels.launch import Launch
 TENSOR_CORE = {"wgmma": r"\bwgmma\.mma_async", "tcgen05": r"\btcgen05\.mma\.", "mma": r"\bmma\.sync"}
 ASSEMBLER = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
+LOCATION = re.compile(r"^#loc.*\n| loc\((?:[^()]|\([^()]*\))*\)", re.MULTILINE)
+"""Where a line of IR comes from: paths and line numbers, which are no part of the code."""
 ALIGNMENT = 16
 """Triton knows of an integer whether 16 divides it; pointers are taken to be aligned so."""
 
@@ -66,7 +68,7 @@ def fingerprint(launch: Launch, arch: int) -> str:
     module = source(launch, arch).make_ir(
         target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
     )
-    text = f"{triton.__version__} {arch} {sorted(_options(launch, arch).items())} {module}"
+    text = f"{triton.__version__} {arch} {sorted(_options(launch, arch).items())} {LOCATION.sub('', str(module))}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
