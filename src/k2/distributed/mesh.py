@@ -4,7 +4,7 @@ As in Kimi K2 (report, section 2.4) every rank reads data of its own; the routed
 weights are the same everywhere. Ranks that exchange tokens are neighbours, so that they share a node where it fits.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -48,7 +48,7 @@ def join(
         dist.init_process_group(backend)
     rank, size = dist.get_rank(), dist.get_world_size()
     # Exchanged before anybody refuses: a rank that left alone would keep the others waiting.
-    mine = (_problem(layout, model, batch_tokens, context, size), digest)
+    mine = (problem_of(layout, model, batch_tokens, context, size), digest)
     found = [mine] * size
     dist.all_gather_object(found, mine)
     if refused := _refusal(found):
@@ -59,16 +59,23 @@ def join(
     return Mesh(rank, size, everyone, mesh.get_group("ep"), mesh.get_group("dp"))
 
 
-def _problem(layout: Layout, model: ModelConfig, batch_tokens: int, context: int, ranks: int) -> str | None:
-    fitting = [ep for ep in divisors(ranks) if model.n_routed_experts % ep == 0]
-    nearest = min(fitting, key=lambda ep: (abs(ep - layout.ep), ep))
-    works = f"the nearest that works is pp=1, ep={nearest}, dp={ranks // nearest}"
+def problem_of(layout: Layout, model: ModelConfig, batch_tokens: int, context: int, ranks: int) -> str | None:
+    """Why these ranks cannot train by this layout and what they can, or None."""
     if layout.pp * layout.virtual_stages > 1:
-        return f"pp={layout.pp}, virtual_stages={layout.virtual_stages}: pipeline parallelism is not there; {works}"
-    if layout.ranks != ranks:
-        return f"ep={layout.ep} x dp={layout.dp} are {layout.ranks} ranks, but {ranks} were started; {works}"
-    problem = layout.problem(model, batch_tokens, context)
-    return None if problem is None else f"{problem}; {works}" if layout.ep != nearest else problem
+        problem = f"pp={layout.pp}, virtual_stages={layout.virtual_stages}: pipeline parallelism is not there"
+    elif layout.ranks != ranks:
+        problem = f"ep={layout.ep} x dp={layout.dp} are {layout.ranks} ranks, but {ranks} were started"
+    else:
+        found = layout.problem(model, batch_tokens, context)
+        if found is None:
+            return None
+        problem = found
+    others = [replace(layout, pp=1, virtual_stages=1, ep=ep, dp=ranks // ep) for ep in divisors(ranks)]
+    fitting = [other for other in others if other.problem(model, batch_tokens, context) is None]
+    if not fitting:
+        return f"{problem}; {ranks} ranks have no layout that works"
+    nearest = min(fitting, key=lambda other: (abs(other.ep - layout.ep), other.ep))
+    return f"{problem}; the nearest that works is pp=1, ep={nearest.ep}, dp={nearest.dp}"
 
 
 def _refusal(found: list[tuple[str | None, str]]) -> str | None:
