@@ -4,10 +4,14 @@ from collections import Counter
 from math import prod
 
 import pytest
+import torch
+from torch import nn
 
 from k2.config.model import ModelConfig
+from k2.config.optimizer import OptimizerConfig
 from k2.distributed.ownership import Shard, local_layout, newton_schulz_work, owners, shard_layout
 from k2.model.layout import LogicalTensor, logical_tensors
+from k2.optim.muonclip import MuonClip
 from k2.optim.partition import partition
 from tests.training.small import MODEL
 
@@ -47,6 +51,24 @@ def test_an_optimizer_can_own_the_shards_of_a_rank(sharded: bool, members: int) 
         sizes = {shard.name: (shard.stop - shard.start, *full[shard.parameter][1:]) for shard in own}
         parts = partition(shard_layout(layout, own), sizes)
         assert {block.parameter for block in parts.blocks} | set(parts.adamw) == set(sizes)
+
+
+def test_ranks_that_own_no_matrix_make_steps_and_count_clipped_heads() -> None:
+    layout, shards = divided(MODEL, range(4), False, 64)
+    full, without = shapes(layout), 0
+    for own in shards:
+        weights = {s.name: nn.Parameter(torch.ones(s.stop - s.start, *full[s.parameter][1:])) for s in own}
+        optimizer = MuonClip(
+            weights.items(), shard_layout(layout, own), OptimizerConfig(tau=1.0), 0.1, logical_tensors(MODEL)
+        )
+        for weight in weights.values():
+            weight.grad = torch.ones_like(weight)
+        optimizer.qk_clip.observe(torch.full((2, 2), 3.0))
+        optimizer.step()
+        assert optimizer.clip_report.clipped == 4
+        assert all(bool((weight < 1).all()) for weight in weights.values())
+        without += not optimizer.param_groups[0]["params"]
+    assert without > 0
 
 
 def test_a_whole_parameter_keeps_its_name_and_experts_stay_together() -> None:
