@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(T
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup run nano test tools lint format compile images bench bench-gpu clean
+.PHONY: help setup run nano test test-distributed tools lint format compile images bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,7 +31,10 @@ nano: $(READY) ## the whole recipe in under a minute
 	$(BIN)/k2 run --preset nano
 
 test: lint ## lint and all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+test-distributed: $(READY) ## training over ranks against one process, with what they deviate by
+	OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/distributed
 
 tools: $(READY) ## fetch kubectl, helm, hadolint and promtool, with which more tests run
 	$(BIN)/python manifests/tools.py

@@ -11,8 +11,6 @@ import torch
 
 from tests.distributed.program import alone
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one launch serves all tests of a module
-
 ROOT = Path(__file__).parents[2]
 TWO = ["1.1.2", "1.2.1", "1.2.1.recompute", "1.1.2.buckets"]
 FOUR = ["1.2.2", "1.4.1", "1.1.4"]

@@ -16,7 +16,7 @@ import pytest
 from k2.execution.registry import STAGES
 from tests.e2e.conftest import Finished, Site
 
-pytestmark = [pytest.mark.e2e, pytest.mark.xdist_group("e2e")]
+pytestmark = [pytest.mark.e2e]
 Nano = tuple[Site, Finished]
 MANDATORY = {
     "pretrain": {"loss_first", "loss_last", "tokens", "max_attention_logit", "clipped_heads"},
