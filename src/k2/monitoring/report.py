@@ -139,7 +139,16 @@ def _page(run: Run, records: Sequence[Mapping[str, Any]], sections: Sequence[Sec
     rows = timeline(records)
     failures = [record for record in records if record["error"]]
     headline = _headline(records)
-    return render_template("report.html", run=run, rows=rows, failures=failures, sections=sections, headline=headline)
+    return render_template(
+        "report.html",
+        title=run.run,
+        kicker="K2 training run",
+        run=run,
+        rows=rows,
+        failures=failures,
+        sections=sections,
+        headline=headline,
+    )
 
 
 def timeline(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

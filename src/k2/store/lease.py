@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from k2.errors import StageError
+from k2.processes import exists
 from k2.store.client import ConflictError, Store, StoreError
 
 log = logging.getLogger(__name__)
@@ -43,17 +44,7 @@ class Holder:
         """Whether the holder may still be working."""
         if self.expires < time.time():
             return False
-        return self.host != socket.gethostname() or _process_exists(self.pid)
-
-
-def _process_exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        return self.host != socket.gethostname() or exists(self.pid)
 
 
 class Lease:
