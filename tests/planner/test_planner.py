@@ -19,7 +19,7 @@ from k2.config.deployment import Deployment
 from k2.config.load import load_config
 from k2.model.layout import flops_per_token, parameter_counts
 from k2.planner.layout import Layout, layers_of_chunks
-from k2.planner.memory import in_flight, stage_memory, stage_sizes
+from k2.planner.memory import chunk_bytes, in_flight, stage_memory, stage_sizes
 from k2.planner.plan import checkpointing, describe, make_plan, problem, search, what_if
 from k2.planner.report import helm_values, plan_page
 from k2.planner.time import stage_flops, step_time
@@ -119,6 +119,15 @@ def test_switches_save_the_memory_they_promise() -> None:
     assert activations(plain) > activations(recompute) > activations(stored) > activations(offloaded)
     host = stage_memory(K2.model, offloaded, 4, K2.batch_tokens).host
     assert host == activations(stored)
+
+
+@pytest.mark.parametrize("pp", [1, 4])
+def test_offloaded_activations_travel_out_and_back_once_for_each_micro_batch(pp: int) -> None:
+    config = load_config("moonlight-16b").pretrain
+    layout = Layout(pp=pp, micro_batch_tokens=config.context_length, offload_activations=True)
+    step = step_time(config.model, layout, cluster("h800-256"), config.batch_tokens, config.context_length)
+    largest = max(sum(chunk_bytes(config.model, layout, stage)) for stage in range(pp))
+    assert isclose(step.traffic["offload"].bytes, 2 * largest * layout.micro_batches(config.batch_tokens))
 
 
 def test_masters_and_momentum_are_divided_by_their_replicas() -> None:

@@ -112,13 +112,12 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
 
 def stage_memory(model: ModelConfig, layout: Layout, stage: int, batch_tokens: int) -> Memory:
     """Bytes on a rank of one pipeline stage."""
-    sizes, tokens = stage_sizes(model, layout, stage), layout.micro_batch_tokens
+    sizes = stage_sizes(model, layout, stage)
     routed, rest = sizes.routed / layout.ep, sizes.shared + sizes.adamw
     held = routed + rest
     muon = (MASTER + MOMENT) * (routed / layout.dp + sizes.shared / layout.data_parallel)
     states = muon + (MASTER + 2 * MOMENT) * sizes.adamw / layout.data_parallel
-    chunks = layers_of_chunks(model.num_hidden_layers, layout.pp * layout.virtual_stages)[stage :: layout.pp]
-    kept = [sum(activation_bytes(model, layer, layout) for layer in chunk) * tokens for chunk in chunks]
+    kept = chunk_bytes(model, layout, stage)
     count = in_flight(layout, stage, layout.micro_batches(batch_tokens))
     activations = max(kept) * min(count, 2) if layout.offload_activations else _held(kept, count)
     return Memory(
@@ -131,6 +130,13 @@ def stage_memory(model: ModelConfig, layout: Layout, stage: int, batch_tokens: i
         host=(states if layout.offload_optimizer else 0.0)
         + (_held(kept, count) if layout.offload_activations else 0.0),
     )
+
+
+def chunk_bytes(model: ModelConfig, layout: Layout, stage: int) -> list[float]:
+    """Activations that one micro-batch leaves in each virtual stage of a pipeline rank."""
+    chunks = layers_of_chunks(model.num_hidden_layers, layout.pp * layout.virtual_stages)[stage :: layout.pp]
+    tokens = layout.micro_batch_tokens
+    return [sum(activation_bytes(model, layer, layout) for layer in chunk) * tokens for chunk in chunks]
 
 
 def _held(kept: Sequence[float], count: int) -> float:

@@ -12,7 +12,7 @@ from k2.config.model import ModelConfig
 from k2.model.cost import token_cost
 from k2.model.layout import logical_tensors
 from k2.planner.layout import Layout, layers_of_rank
-from k2.planner.memory import BF16, FP32, layer_sizes, stage_memory, stage_sizes
+from k2.planner.memory import BF16, FP32, chunk_bytes, layer_sizes, stage_sizes
 
 GIGA, TERA = 1e9, 1e12
 NEWTON_SCHULZ_STEPS = 5
@@ -77,7 +77,7 @@ def step_time(model: ModelConfig, layout: Layout, cluster: Cluster, batch_tokens
             "pipeline": _pipeline(model, layout, cluster, micro_batches, one),
             "gradients and parameters": _data_parallel(model, layout, cluster, one),
             "momentum for Newton-Schulz": _momentum(model, layout, cluster),
-            "offload": _offload(model, layout, cluster, batch_tokens, micro_batches, one),
+            "offload": _offload(model, layout, cluster, micro_batches, one),
         },
     )
 
@@ -200,26 +200,17 @@ def _momentum(model: ModelConfig, layout: Layout, cluster: Cluster) -> Traffic:
     return Traffic(dense + experts, seconds, seconds)
 
 
-def _offload(
-    model: ModelConfig, layout: Layout, cluster: Cluster, batch_tokens: int, micro_batches: int, one: float
-) -> Traffic:
+def _offload(model: ModelConfig, layout: Layout, cluster: Cluster, micro_batches: int, one: float) -> Traffic:
     """Activations to the host and back beside computation; masters and momentum visit the GPU for the update."""
     activations = states = 0.0
     if layout.offload_activations:
-        kept = layout.virtual_stages * max(
-            _chunk_bytes(model, layout, stage, batch_tokens) for stage in range(layout.pp)
-        )
+        kept = layout.virtual_stages * max(max(chunk_bytes(model, layout, stage)) for stage in range(layout.pp))
         activations = 2.0 * kept * micro_batches
     if layout.offload_optimizer:
         states = max(_states_bytes(model, layout, stage) for stage in range(layout.pp))
     rate = cluster.gpu.pcie_gb_s * GIGA
     exposed = max(0.0, activations / rate / micro_batches - one) * micro_batches + states / rate
     return Traffic(activations + states, (activations + states) / rate, exposed)
-
-
-def _chunk_bytes(model: ModelConfig, layout: Layout, stage: int, batch_tokens: int) -> float:
-    """Activations of the largest chunk of a stage; two of them are on the GPU when they are offloaded."""
-    return stage_memory(model, layout, stage, batch_tokens).activations / 2
 
 
 def utilisation(model: ModelConfig, cluster: Cluster, step: StepTime, batch_tokens: int, context: int) -> float:
