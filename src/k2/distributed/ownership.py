@@ -122,4 +122,6 @@ def _contains(shard: Shard, tensor: LogicalTensor) -> bool:
 def _within(tensor: LogicalTensor, shard: Shard) -> LogicalTensor:
     if tensor.index is not None:
         return replace(tensor, parameter=shard.name, index=(tensor.index[0] - shard.start,))
-    return replace(tensor, parameter=shard.name, rows=None, shape=(shard.stop - shard.start, *tensor.shape[1:]))
+    start = 0 if tensor.rows is not None else shard.start
+    shape = (shard.stop - shard.start, *tensor.shape[1:])
+    return replace(tensor, parameter=shard.name, rows=None, shape=shape, start=start)

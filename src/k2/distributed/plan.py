@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from k2.config.optimizer import OptimizerConfig
 from k2.distributed.expert import divide_experts, local_experts
@@ -16,7 +16,7 @@ from k2.distributed.mesh import Mesh
 from k2.distributed.ownership import local_layout, owners, shard_layout
 from k2.distributed.zero import Replicas
 from k2.errors import UserError
-from k2.model.layout import logical_tensors
+from k2.model.layout import LogicalTensor, logical_tensors
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
 
@@ -42,6 +42,13 @@ class DistributedPlan:
         lengths = {name: len(weight) for name, weight in parameters.items()}
         return Replicas(group, parameters, owners(layout, lengths, group.size()))
 
+    @property
+    def owned(self) -> tuple[dict[str, nn.Parameter], list[LogicalTensor]]:
+        """What this rank's optimizer updates and its checkpoints hold: shards by name, and the tensors in them."""
+        parameters = {name: shard for replicas in self._replicas for name, shard in replicas.own.items()}
+        layout = [tensor for replicas in self._replicas for tensor in shard_layout(self._local, replicas.mine)]
+        return parameters, layout
+
     def optimizer(self, config: OptimizerConfig) -> MuonClip:
         """MuonClip over the shards that this rank owns.
 
@@ -50,8 +57,7 @@ class DistributedPlan:
         """
         if config.spectral_interval:
             raise UserError(f"optimizer.spectral_interval is {config.spectral_interval}; over many ranks it must be 0")
-        parameters = {name: shard for replicas in self._replicas for name, shard in replicas.own.items()}
-        layout = [tensor for replicas in self._replicas for tensor in shard_layout(self._local, replicas.mine)]
+        parameters, layout = self.owned
         return MuonClip(parameters.items(), layout, config, clip_layout=self._layout)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
@@ -71,10 +77,14 @@ class DistributedPlan:
         for replicas in self._replicas:
             replicas.reduce()
 
-    def share_update(self, optimizer: MuonClip) -> None:
-        """Bring every owner's weights to all ranks that hold them; the RMS of the update becomes that of all values."""
+    def share_weights(self) -> None:
+        """Bring every owner's weights to all ranks that hold them."""
         for replicas in self._replicas:
             replicas.gather()
+
+    def share_update(self, optimizer: MuonClip) -> None:
+        """Bring every owner's weights to all ranks that hold them; the RMS of the update becomes that of all values."""
+        self.share_weights()
         values = sum(parameter.numel() for parameter in optimizer.param_groups[0]["params"])
         sums = torch.tensor([optimizer.update_rms**2 * values, values], dtype=torch.float64)
         self.sum_([sums])

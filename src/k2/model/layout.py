@@ -52,6 +52,7 @@ class LogicalTensor:
     head_rows: set where QK-Clip scales rows.
     shard_axis: axis of the parameter that expert parallelism divides, or None.
     quantized: whether INT4 export packs it; only routed experts.
+    start: its first row here, where ranks divide it by rows; `shape` is then that of the part.
     """
 
     name: str
@@ -65,6 +66,7 @@ class LogicalTensor:
     head_rows: HeadRows | None = None
     shard_axis: int | None = None
     quantized: bool = False
+    start: int = 0
 
     @property
     def size(self) -> int:

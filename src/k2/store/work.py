@@ -16,11 +16,11 @@ from k2.store.lease import Lease, LeaseLostError
 
 
 class WorkArea:
-    """Objects of one key. Only the holder of `lease` may save."""
+    """Objects of one key under `base`. Only the holder of `lease` may save."""
 
     def __init__(self, store: Store, key: str, lease: Lease) -> None:
-        self._store, self._base, self.lease = store, f"work/{key}", lease
-        found = store.get_tagged(f"{self._base}/index.json")
+        self.store, self.base, self.lease = store, f"work/{key}", lease
+        found = store.get_tagged(f"{self.base}/index.json")
         self._etag = found[1] if found else None
         self._index: dict[str, dict[str, str]] = json.loads(found[0]) if found else {}
 
@@ -37,10 +37,10 @@ class WorkArea:
         entry = self._index.get(name)
         if entry is None:
             return None
-        data = self._store.get(entry["object"])
+        data = self.store.get(entry["object"])
         if data is None or hashlib.sha256(data).hexdigest() != entry["sha256"]:
             raise StageError(
-                f"{self._store.url(entry['object'])} is missing or corrupt; remove {self._store.url(self._base)}/"
+                f"{self.store.url(entry['object'])} is missing or corrupt; remove {self.store.url(self.base)}/"
                 " to start this stage afresh"
             )
         return data
@@ -56,30 +56,30 @@ class WorkArea:
         kept = {name: entry for name, entry in self._index.items() if name not in set(drop)}
         self._commit(kept | added)
         for name in dropped:
-            self._store.delete(name)
+            self.store.delete(name)
 
     def clear(self) -> None:
         """Remove everything, after the artifact was published."""
-        for info in list(self._store.list(f"{self._base}/")):
+        for info in list(self.store.list(f"{self.base}/")):
             if not info.name.endswith("/lease.json"):
-                self._store.delete(info.name)
+                self.store.delete(info.name)
         self._index, self._etag = {}, None
 
     def _upload(self, name: str, data: bytes | Path) -> dict[str, str]:
         content = data.read_bytes() if isinstance(data, Path) else data
-        target = f"{self._base}/{name}.{self.lease.token}-{uuid.uuid4().hex[:8]}"
-        self._store.put(target, content)
+        target = f"{self.base}/{name}.{self.lease.token}-{uuid.uuid4().hex[:8]}"
+        self.store.put(target, content)
         return {"object": target, "sha256": hashlib.sha256(content).hexdigest()}
 
     def _commit(self, index: dict[str, dict[str, str]]) -> None:
         body = json.dumps(index, sort_keys=True).encode()
-        name = f"{self._base}/index.json"
+        name = f"{self.base}/index.json"
         try:
-            self._etag = self._store.put(name, body, if_none_match=self._etag is None, if_match=self._etag)
+            self._etag = self.store.put(name, body, if_none_match=self._etag is None, if_match=self._etag)
         except ConflictError:
             # A retried request whose first answer was lost meets its own write.
-            found = self._store.get_tagged(name)
+            found = self.store.get_tagged(name)
             if found is None or found[0] != body:
-                raise LeaseLostError(f"{self._base}: another process took over this work") from None
+                raise LeaseLostError(f"{self.base}: another process took over this work") from None
             self._etag = found[1]
         self._index = index

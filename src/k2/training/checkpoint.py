@@ -44,7 +44,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, source: Source[Any]) -> None:
         """Commit one checkpoint and forget all but the last two."""
-        values = _values(state) | {"source": source.state_dict()}
+        values = values_of(state) | {"source": source.state_dict()}
         name = f"checkpoint-{state.step:09d}"
         old = [
             n for step in self._steps()[: 1 - KEEP] for n in _objects(f"checkpoint-{step:09d}") if step != state.step
@@ -96,7 +96,8 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     return {n: t.contiguous() for n, t in (model | optimizer | {"rng": torch.get_rng_state()}).items()}
 
 
-def _values(state: TrainState) -> dict[str, Any]:
+def values_of(state: TrainState) -> dict[str, Any]:
+    """What is no tensor, JSON-ready."""
     scalars = {name: getattr(state, name) for name in _SCALARS}
     return scalars | {"history": vars(state.history)}
 
@@ -108,6 +109,11 @@ def _restore(state: TrainState, tensors: Mapping[str, Tensor], values: Mapping[s
     state.model.load_state_dict(part("model."))
     state.optimizer.load_state_dict(part("optimizer."))
     torch.set_rng_state(tensors["rng"])
+    set_values(state, values)
+
+
+def set_values(state: TrainState, values: Mapping[str, Any]) -> None:
+    """Take over what `values_of` gave."""
     for name in _SCALARS:
         setattr(state, name, values[name])
     state.history = History(**values["history"])
