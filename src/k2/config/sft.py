@@ -26,7 +26,13 @@ class SftConfig(StageSection):
     context_length: int = setting(32768, "tokens of a packed row; longer dialogs are counted and dropped", ge=16)
     batch_size: int = setting(64, "rows per step", ge=1)
     micro_batch_size: int = setting(1, "rows that pass through the model at once", ge=1)
-    steps: int = setting(5000, "optimizer steps", ge=1)
+    steps: int = setting(5000, "optimizer steps, at most", ge=1)
+    target_accuracy: float | None = setting(
+        None, "stop at this sampled accuracy on validation items, to leave RL something to learn; null makes all steps",
+        gt=0, le=1,
+    )  # fmt: skip
+    validation_steps: int = setting(100, "steps between looks at the validation items", ge=1)
+    validation_items: int = setting(300, "validation items, other ones than evaluation's", ge=1)
     lr: float = setting(2e-5, "peak learning rate", gt=0)
     final_lr_ratio: float = setting(0.1, "learning rate at the end, as a share of the peak", ge=0, le=1)
     warmup_steps: int = setting(100, "steps of linear warm-up", ge=0)

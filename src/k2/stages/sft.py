@@ -10,7 +10,7 @@ from k2.data.tokenizer import Tokenizer
 from k2.execution.contract import Progress, StageResult
 from k2.model import hf
 from k2.rl.demonstrations import task_demonstrations, trajectory_demonstrations
-from k2.rl.sft import accuracy, demonstration_source, fine_tune
+from k2.rl.sft import accuracy, accurate_enough, demonstration_source, fine_tune
 from k2.store.artifacts import Artifact, ArtifactWriter
 from k2.training.checkpoint import Checkpoints
 
@@ -30,13 +30,16 @@ def run(config: SftConfig, inputs: dict[str, Artifact], output: ArtifactWriter, 
         dialogs += trajectories[: config.max_trajectories]
     source = demonstration_source(config, tokenizer, dialogs)
     model = hf.load(folder)
-    state = fine_tune(config, model, source, Checkpoints(output.work, config.checkpoint_steps), progress)
+    checkpoints = Checkpoints(output.work, config.checkpoint_steps)
+    enough = accurate_enough(config, model, tokenizer, progress)
+    state = fine_tune(config, model, source, checkpoints, progress, enough)
     hf.save(model, model.config, output.path("config.json").parent)
     shutil.copytree(folder / "tokenizer", output.path("tokenizer/tokenizer.json").parent, dirs_exist_ok=True)
     scores, losses = accuracy(config, model, tokenizer), state.history.curve("loss")
     metrics = {
         "loss_first": losses[0],
         "loss_last": losses[-1],
+        "steps": state.step,
         "accuracy": scores["sampled"]["accuracy"],
         "sampled": scores["sampled"],
         "greedy": scores["greedy"],
