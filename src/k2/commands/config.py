@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from k2.commands.options import echo, json_output, load
+from k2.commands.options import echo, json_output, load, override_options
 
 
 @click.group()
@@ -14,8 +14,7 @@ def config() -> None:
 
 @config.command()
 @click.argument("preset", default="tiny")
-@click.option("--config", "file", type=click.Path(path_type=Path), help="YAML with fields merged over the preset.")
-@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one field; repeatable.")
+@override_options
 @json_output
 def show(preset: str, file: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print the resolved configuration with a comment for every field."""

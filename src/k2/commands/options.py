@@ -15,17 +15,21 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+def override_options(command: Command) -> Command:
+    """`--config` and `--set`."""
+    file = click.option(
+        "--config", "file", type=click.Path(path_type=Path), help="YAML with fields merged over the preset."
+    )
+    field = click.option(
+        "--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one field; repeatable."
+    )
+    return file(field(command))
+
+
 def configuration(command: Command) -> Command:
     """`--preset`, `--config` and `--set`."""
-    for option in (
-        click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override one field; repeatable."),
-        click.option(
-            "--config", "file", type=click.Path(path_type=Path), help="YAML with fields merged over the preset."
-        ),
-        click.option("--preset", default="tiny", show_default=True, help="The configuration to start from."),
-    ):
-        command = option(command)
-    return command
+    preset = click.option("--preset", default="tiny", show_default=True, help="The configuration to start from.")
+    return preset(override_options(command))
 
 
 json_output = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
