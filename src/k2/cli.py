@@ -5,7 +5,21 @@ import sys
 import click
 
 from k2 import __version__
-from k2.commands import config, doctor, images, inspect, interop, model, optim, pipeline, plan, run, schedule, stages
+from k2.commands import (
+    config,
+    doctor,
+    gc,
+    images,
+    inspect,
+    interop,
+    model,
+    optim,
+    pipeline,
+    plan,
+    run,
+    schedule,
+    stages,
+)
 from k2.errors import StageError, UserError
 
 
@@ -45,7 +59,7 @@ def main() -> None:
     """
 
 
-for group in (run, stages, config, pipeline, schedule, inspect, optim, model, plan, interop, doctor, images):
+for group in (run, stages, config, pipeline, schedule, inspect, optim, model, plan, interop, gc, doctor, images):
     for command in group.COMMANDS:
         main.add_command(command)
 

@@ -35,11 +35,12 @@ def fetch(uri: str, directory: Path) -> None:
     """Copy the verified files of an artifact (s3:// URI or alias) into a folder."""
     from k2.execution.local import object_store
     from k2.store.artifacts import open_uri
+    from k2.store.lease import reading
 
     if directory.exists() and any(directory.iterdir()):
         raise UserError(f"{directory}: exists and is not empty; name a new folder")
-    with object_store() as store:
-        artifact = open_uri(store, resolve(store, uri))
+    with object_store() as store, reading(store, found := resolve(store, uri)):
+        artifact = open_uri(store, found)
         for name in artifact.files:
             target = directory / name
             target.parent.mkdir(parents=True, exist_ok=True)

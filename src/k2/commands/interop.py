@@ -25,11 +25,15 @@ def _folder(source: str) -> Iterator[Path]:
     from k2.commands.inspect import resolve
     from k2.execution.local import object_store
     from k2.store.artifacts import open_uri
+    from k2.store.lease import reading
 
     if "/" in source and not source.startswith("s3://"):
         raise UserError(f"{source}: no such folder")
     with object_store() as store:
-        yield open_uri(store, resolve(store, source)).directory()
+        uri = resolve(store, source)
+        with reading(store, uri):
+            folder = open_uri(store, uri).directory()
+        yield folder
 
 
 @click.command("import")

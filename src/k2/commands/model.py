@@ -35,13 +35,14 @@ def chat(model: str, form: str, system: str | None, max_tokens: int, temperature
     from k2.serving.chat import ChatSettings
     from k2.serving.chat import chat as converse
     from k2.store.artifacts import open_uri
+    from k2.store.lease import reading
 
     settings = ChatSettings(system, max_tokens, temperature, seed=seed)
     if Path(model).is_dir():
         folder = Path(model)
     else:
-        with object_store() as store:
-            folder = open_uri(store, resolve(store, model)).directory() / form
+        with object_store() as store, reading(store, uri := resolve(store, model)):
+            folder = open_uri(store, uri).directory() / form
     converse(folder, settings=settings)
 
 

@@ -59,7 +59,8 @@ def execute(
         progress.event("waiting", holder=f"{holder.host}:{holder.pid}")
         return find(store, stage, key) is not None
 
-    with Lease(store, f"work/{key}/lease.json", waiting=published) as lease:
+    reads = [artifact.uri for artifact in inputs.values()]
+    with Lease(store, f"work/{key}/lease.json", waiting=published, reads=reads) as lease:
         done = None if spec.always else _intact(store, stage, key)
         if done is not None:
             return Outcome(done, done.statistics, True, time.monotonic() - started)

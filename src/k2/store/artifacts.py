@@ -16,14 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from k2.errors import StageError
 from k2.store.client import ConflictError, Store
 from k2.store.work import WorkArea
 
 SCHEMA_VERSION = 1
-"""Part of every key: raise it when the layout of artifacts changes."""
+"""Part of every key, and in every manifest: raise it when the layout of artifacts changes. Older ones are read."""
 
 FULL_CHECK_BYTES = 256 * 1024 * 1024
 """A cache hit up to this size is read back and hashed; a larger one is checked by size and ETag."""
@@ -49,6 +49,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    schema_version: int = 1
     kind: str
     key: str
     attempt: str
@@ -176,13 +177,32 @@ class Artifact:
 
 
 def find(store: Store, kind: str, key: str) -> Artifact | None:
-    """The artifact published under a key, or None. Its bytes are not checked."""
+    """The artifact published under a key, or None. Its bytes are not checked.
+
+    Raises:
+        StageError: a newer K2 published it, in a layout that this one does not know.
+    """
     data = store.get(f"{kind}/{key}/manifest.json")
-    if data is None:
-        return None
+    manifest = None if data is None else read_manifest(data, store.url(f"{kind}/{key}"))
+    return None if manifest is None else Artifact(store, manifest)
+
+
+def read_manifest(data: bytes, uri: str) -> Manifest | None:
+    """The manifest in some bytes, or None when they are torn.
+
+    Raises:
+        StageError: its schema is newer than `SCHEMA_VERSION`.
+    """
     try:
-        return Artifact(store, Manifest.model_validate_json(data))
-    except ValidationError:
+        found = json.loads(data)
+        version = found.get("schema_version", 1)
+        if version > SCHEMA_VERSION:
+            raise StageError(
+                f"{uri}: artifact schema {version} is of a newer K2, this one reads up to {SCHEMA_VERSION};"
+                " upgrade K2 here (docs/compatibility.md)"
+            )
+        return Manifest.model_validate(found)
+    except (ValueError, TypeError, AttributeError):
         return None
 
 
@@ -233,6 +253,7 @@ class ArtifactWriter:
         names = sorted(str(p.relative_to(self._scratch)) for p in self._scratch.rglob("*") if p.is_file())
         entries = [self._upload(name, attempt) for name in names]
         manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
             kind=self.kind,
             key=self.key,
             attempt=attempt,

@@ -40,11 +40,12 @@ class StoreError(StageError):
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """One stored object: name relative to the prefix, bytes, and the store's ETag."""
+    """One stored object: name relative to the prefix, bytes, the store's ETag, and when it was written (Unix time)."""
 
     name: str
     size: int
     etag: str
+    modified: float
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class Store:
             raise self._failed("look up", name, error) from None
         except _FAILURES as error:
             raise self._failed("look up", name, error) from None
-        return ObjectInfo(name, found.size or 0, (found.etag or "").strip('"'))
+        return _info(name, found)
 
     def upload(self, path: Path, name: str) -> ObjectInfo:
         """Upload a file (multipart when large) and verify what the store holds by size and digest.
@@ -251,7 +252,7 @@ class Store:
         base = len(self._key(""))
         try:
             for item in self._client.list_objects(self.bucket, self._key(prefix), recursive=True):
-                yield ObjectInfo(str(item.object_name)[base:], item.size or 0, (item.etag or "").strip('"'))
+                yield _info(str(item.object_name)[base:], item)
         except _FAILURES as error:
             raise self._failed("list", prefix, error) from None
 
@@ -275,6 +276,11 @@ class Store:
 
     def _failed(self, verb: str, name: str, error: Exception) -> StoreError:
         return StoreError(f"cannot {verb} {self.url(name)} at {self.settings.endpoint}: {_reason(error)}")
+
+
+def _info(name: str, found: Any) -> ObjectInfo:
+    modified = found.last_modified.timestamp() if found.last_modified else 0.0
+    return ObjectInfo(name, found.size or 0, (found.etag or "").strip('"'), modified)
 
 
 def expected_etag(path: Path) -> str:

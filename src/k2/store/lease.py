@@ -11,7 +11,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Self
@@ -32,13 +33,14 @@ class LeaseLostError(StageError):
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lease, until when (Unix seconds), with which fencing token."""
+    """Who holds a lease, until when (Unix seconds), with which fencing token, and the URIs it reads meanwhile."""
 
     token: int
     owner: str
     host: str
     pid: int
     expires: float
+    reads: Sequence[str] = ()
 
     def alive(self) -> bool:
         """Whether the holder may still be working."""
@@ -47,12 +49,27 @@ class Holder:
         return self.host != socket.gethostname() or exists(self.pid)
 
 
+def parse_holder(body: bytes) -> Holder:
+    """The holder that a lease object names."""
+    return Holder(**json.loads(body))
+
+
 class Lease:
     """Context manager that acquires the lease `name`, renews it in a thread, and gives it back."""
 
-    def __init__(self, store: Store, name: str, *, waiting: Callable[[Holder], bool] | None = None) -> None:
-        """`waiting` is called each second while another holder is alive; returning True gives up waiting."""
-        self._store, self._name, self._waiting = store, name, waiting
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        *,
+        waiting: Callable[[Holder], bool] | None = None,
+        reads: Sequence[str] = (),
+    ) -> None:
+        """`waiting` is called each second while another holder is alive; returning True gives up waiting.
+
+        `reads` are URIs of artifacts that garbage collection keeps as long as the lease is held.
+        """
+        self._store, self._name, self._waiting, self._reads = store, name, waiting, sorted(reads)
         self._owner = uuid.uuid4().hex
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -93,14 +110,18 @@ class Lease:
             self._etag = None
 
     def _holder(self, expires: float) -> Holder:
-        return Holder(self.token, self._owner, socket.gethostname(), os.getpid(), expires)
+        return Holder(self.token, self._owner, socket.gethostname(), os.getpid(), expires, self._reads)
 
     def _read(self) -> tuple[Holder | None, str | None]:
         found = self._store.get_tagged(self._name)
-        return (None, None) if found is None else (Holder(**json.loads(found[0])), found[1])
+        return (None, None) if found is None else (parse_holder(found[0]), found[1])
 
     def _write(self, holder: Holder, etag: str | None) -> str:
-        body = json.dumps(asdict(holder)).encode()
+        known = asdict(holder)
+        if not holder.reads:
+            # Programs before garbage collection know no such field.
+            del known["reads"]
+        body = json.dumps(known).encode()
         return self._store.put(self._name, body, if_none_match=etag is None, if_match=etag)
 
     def _try_acquire(self) -> bool:
@@ -136,3 +157,12 @@ class Lease:
                 log.warning("lease %s not renewed yet: %s", self._name, error)
             except LeaseLostError:
                 return
+
+
+@contextmanager
+def reading(store: Store, *uris: str) -> Iterator[None]:
+    """Keep artifacts from garbage collection while they are read outside a run."""
+    name = f"readers/{uuid.uuid4().hex}.json"
+    with Lease(store, name, reads=uris):
+        yield
+    store.delete(name)
