@@ -5,7 +5,7 @@ so that short and long samples keep the batch full. Every sample draws from a ra
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -45,6 +45,7 @@ class _Row:
 
     prompt: int
     number: int
+    prompt_ids: Sequence[int]
     config: SamplingConfig
     stops: frozenset[int]
     key: int
@@ -99,13 +100,16 @@ class Engine:
         Raises UserError for an empty prompt, an unknown token, or a prompt that leaves no room for max_tokens.
         """
         configs = [sampling] * len(prompts) if isinstance(sampling, SamplingConfig) else list(sampling)
-        self._check(prompts, configs)
-        results = [[Sample() for _ in range(n)] for _ in prompts]
-        if prompts and n:
-            _Run(self, prompts, configs, results, on_token).finish()
+        self.check(prompts, configs)
+        length = max((len(p) + c.max_tokens for p, c in zip(prompts, configs, strict=True)), default=1)
+        session = Session(self, min(len(prompts) * n, self.max_batch_tokens // length), length, on_token)
+        results = [session.submit(i, p, n, c) for i, (p, c) in enumerate(zip(prompts, configs, strict=True))]
+        while session.busy:
+            session.advance()
         return results
 
-    def _check(self, prompts: Sequence[Sequence[int]], configs: Sequence[SamplingConfig]) -> None:
+    def check(self, prompts: Iterable[Sequence[int]], configs: Iterable[SamplingConfig]) -> None:
+        """Raise UserError for an empty prompt, an unknown token, or a prompt that leaves no room for max_tokens."""
         config = self.model.config
         limits = {"max_position_embeddings": config.max_position_embeddings, "max_batch_tokens": self.max_batch_tokens}
         name = min(limits, key=lambda limit: limits[limit])
@@ -121,36 +125,46 @@ class Engine:
                 )
 
 
-class _Run:
-    """One call of `generate`. Active samples occupy rows 0, 1, ... of the cache without gaps."""
+class Session:
+    """Samples that come and go over the rows of one cache. Active ones occupy rows 0, 1, ... without gaps."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        prompts: Sequence[Sequence[int]],
-        configs: Sequence[SamplingConfig],
-        results: list[list[Sample]],
-        on_token: OnToken | None,
-    ) -> None:
-        self.prompts, self.on_token, self.device = prompts, on_token, engine.prepared.device
-        length = max(len(p) + c.max_tokens for p, c in zip(prompts, configs, strict=True))
-        self.waiting = deque(
-            _Row(number, s, config, engine.eos_ids | set(config.stop_ids), key, sample, prompt[-1], len(prompt) - 1)
-            for number, (prompt, config, samples) in enumerate(zip(prompts, configs, results, strict=True))
-            for s, sample in enumerate(samples)
-            for key in [stream_key(config.seed, prompt, s)]
-        )
-        self.capacity = min(len(self.waiting), engine.max_batch_tokens // length)
-        self.decoder = Decoder(engine.prepared, self.capacity, length)
+    def __init__(self, engine: Engine, rows: int, length: int, on_token: OnToken | None = None) -> None:
+        """Room for `rows` samples at a time, each of at most `length` tokens with its prompt."""
+        self.eos_ids, self.device, self.on_token = engine.eos_ids, engine.prepared.device, on_token
+        self.capacity, self.decoder = rows, Decoder(engine.prepared, rows, length)
+        self.waiting: deque[_Row] = deque()
         self.rows: list[_Row] = []
+        self._done: list[int] = []
+        self._abandoned: set[int] = set()
 
-    def finish(self) -> None:
-        """Generate until every sample has ended."""
-        done: list[int] = []
-        while self.rows or self.waiting:
-            if done or not self.rows:
-                self._replace(done)
-            done = self._step() if self.rows else []
+    @property
+    def busy(self) -> bool:
+        """Whether any sample has not ended."""
+        return bool(self.waiting) or len(self.rows) > len(self._done)
+
+    def submit(self, number: int, prompt: Sequence[int], n: int, config: SamplingConfig) -> list[Sample]:
+        """Let `n` samples of a prompt wait for rows; they fill as `advance` is called. `number` names the prompt."""
+        samples = [Sample() for _ in range(n)]
+        stops = self.eos_ids | set(config.stop_ids)
+        for s, sample in enumerate(samples):
+            key = stream_key(config.seed, prompt, s)
+            self.waiting.append(_Row(number, s, prompt, config, stops, key, sample, prompt[-1], len(prompt) - 1))
+        return samples
+
+    def abandon(self, number: int) -> None:
+        """Give up the samples of a prompt; rows they hold end with their next token."""
+        self.waiting = deque(row for row in self.waiting if row.prompt != number)
+        self._abandoned |= {number} & {row.prompt for row in self.rows}
+
+    @torch.inference_mode()
+    def advance(self) -> list[tuple[int, int]]:
+        """One more token for every active sample; (prompt, sample) numbers of those that ended with it."""
+        if self._done or (self.waiting and len(self.rows) < self.capacity):
+            self._replace(self._done)
+        self._done = self._step() if self.rows else []
+        if self._abandoned:
+            self._abandoned &= {row.prompt for i, row in enumerate(self.rows) if i not in self._done}
+        return [(self.rows[i].prompt, self.rows[i].number) for i in self._done]
 
     def _step(self) -> list[int]:
         """One more token for every row; the rows whose samples ended."""
@@ -164,9 +178,10 @@ class _Run:
         return [i for i, (row, *values) in enumerate(zip(rows, *drawn, strict=True)) if self._record(row, *values)]
 
     def _record(self, row: _Row, token: int, logprob: float, policy_logprob: float) -> bool:
+        ended = row.add(token, logprob, policy_logprob)
         if self.on_token is not None:
             self.on_token(row.prompt, row.number, token)
-        return row.add(token, logprob, policy_logprob)
+        return ended or row.prompt in self._abandoned
 
     def _replace(self, done: list[int]) -> None:
         """Give the rows of finished samples, and rows never used, to waiting samples; close the gaps that remain."""
@@ -181,22 +196,13 @@ class _Run:
 
     def _supply(self, newcomers: list[_Row], places: list[int]) -> None:
         """Bring the newcomers' prompts into their rows: from a row that holds the same prompt, else by running it."""
+        pairs = list(zip(newcomers, places, strict=True))
         holders = {row.prompt: place for place, row in enumerate(self.rows)}
-        owners = {row.prompt: place for row, place in zip(newcomers, places, strict=True) if row.prompt not in holders}
-        known = [
-            (holders[row.prompt], place, row)
-            for row, place in zip(newcomers, places, strict=True)
-            if row.prompt in holders
-        ]
-        self._copy(known)
-        self._prefill(owners)
-        self._copy(
-            [
-                (owners[row.prompt], place, row)
-                for row, place in zip(newcomers, places, strict=True)
-                if row.prompt in owners
-            ]
-        )
+        self._copy([(holders[row.prompt], place, row) for row, place in pairs if row.prompt in holders])
+        fresh = [(row, place) for row, place in pairs if row.prompt not in holders]
+        owners = {row.prompt: (row, place) for row, place in fresh}
+        self._prefill(owners.values())
+        self._copy([(owners[row.prompt][1], place, row) for row, place in fresh])
 
     def _copy(self, moves: list[tuple[int, int, _Row]]) -> None:
         """Copy prompts between rows (source, target, newcomer), all at once."""
@@ -205,19 +211,18 @@ class _Run:
             source, target = (torch.tensor([move[i] for move in moves], device=self.device) for i in (0, 1))
             self.decoder.cache.move(source, target, max(row.slot for _, _, row in moves))
 
-    def _prefill(self, owners: dict[int, int]) -> None:
-        """Run prompts without their last tokens: number of the prompt -> row of the cache."""
-        lengths = {number: len(self.prompts[number]) - 1 for number in owners}
-        pending = deque(number for number in owners if lengths[number])
+    def _prefill(self, owners: Iterable[tuple[_Row, int]]) -> None:
+        """Run the newcomers' prompts without their last tokens in these rows of the cache."""
+        pending = deque((place, row.prompt_ids[:-1]) for row, place in owners if row.slot)
         while pending:
-            part: list[int] = []
+            part: list[tuple[int, Sequence[int]]] = []
             longest = 0
-            while pending and (not part or max(longest, lengths[pending[0]]) * (len(part) + 1) <= PREFILL_TOKENS):
-                longest = max(longest, lengths[pending[0]])
+            while pending and (not part or max(longest, len(pending[0][1])) * (len(part) + 1) <= PREFILL_TOKENS):
+                longest = max(longest, len(pending[0][1]))
                 part.append(pending.popleft())
-            padded = [[*self.prompts[p][:-1], *[0] * (longest - lengths[p])] for p in part]
-            rows = torch.tensor([owners[p] for p in part], device=self.device)
-            self.decoder.prefill(torch.tensor(padded, device=self.device), rows)
+            padded = [[*ids, *[0] * (longest - len(ids))] for _, ids in part]
+            places = torch.tensor([place for place, _ in part], device=self.device)
+            self.decoder.prefill(torch.tensor(padded, device=self.device), places)
 
     def _drop(self, done: list[int]) -> None:
         """Fill the rows of finished samples with the last rows, so that active rows stay without gaps."""
