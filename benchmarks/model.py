@@ -31,7 +31,7 @@ from k2.model.mla import attend, attention_context
 from k2.model.rope import softmax_scale
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
-from k2.training.batches import micro_batches, next_token_loss
+from k2.training.batches import NextTokenLoss, micro_batches
 from k2.training.loop import train_step
 from k2.training.state import TrainState
 
@@ -222,7 +222,7 @@ def whole_step(rounds: int) -> Row:
     def with_update(step: Step) -> Step:
         return lambda: (step(), update())
 
-    steps: dict[str, Step] = {"ours": lambda: train_step(state, batches, next_token_loss(), lambda _: LR)}
+    steps: dict[str, Step] = {"ours": lambda: train_step(state, batches, NextTokenLoss(), lambda _: LR)}
     steps |= {f"{name} + torch.optim.Muon": with_update(step) for name, step in peer_steps(case, peer).items()}
     return against_fastest("whole step with optimizer, reference shape", interleave(steps, rounds), 2.0)
 

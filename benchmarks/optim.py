@@ -26,7 +26,7 @@ from k2.optim.muonclip import MuonClip
 from k2.optim.newton_schulz import EPS, MOONLIGHT, orthogonalize
 from k2.optim.partition import partition
 from k2.optim.qk_clip import QKClip
-from k2.training.batches import micro_batches, next_token_loss
+from k2.training.batches import NextTokenLoss, micro_batches
 from k2.training.loop import train_step
 from k2.training.state import TrainState
 
@@ -118,7 +118,7 @@ def training_step(config: ModelConfig, batch: int, length: int) -> Step:
     state = TrainState(model, MuonClip(model.named_parameters(), logical_tensors(config), OptimizerConfig()))
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=(batch, length + 1))
     batches = micro_batches(tokens[:, :-1], tokens[:, 1:], batch)
-    return lambda: train_step(state, batches, next_token_loss(), lambda _: LR)
+    return lambda: train_step(state, batches, NextTokenLoss(), lambda _: LR)
 
 
 def clip_work(config: ModelConfig, batch: int, length: int) -> Step:

@@ -1,8 +1,8 @@
 """What every rank of the tests runs: `torchrun program.py FOLDER pp.ep.dp ...` trains by each layout and saves the end.
 
-A layout may have notes: `recompute`, `buckets` (many small ones), `differs` (ranks are configured differently),
-`float32` (20 steps in float32, compared with the choices in `choices.pt`), `replayed` (with
-those choices).
+In a layout pp may be AxB for B slices a rank. It may have notes: `recompute`, `buckets` (many small ones), `differs`
+(ranks are configured differently), `float32` (20 steps in float32, compared with the choices in `choices.pt`),
+`replayed` (with those choices).
 
 Rank 0 leaves `<layout>.pt` with the whole model and the reports; every rank leaves `<layout>.<rank>.pt` with digests
 of what it holds. A layout that is refused leaves its message in `<layout>.<rank>.txt`.
@@ -11,7 +11,6 @@ of what it holds. A layout that is refused leaves its message in `<layout>.<rank
 import hashlib
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,13 @@ from k2.model.moe import Router
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
 from k2.planner.layout import Layout
-from k2.training.batches import micro_batches, next_token_loss
-from k2.training.loop import ParallelPlan, train_step
+from k2.training.batches import NextTokenLoss, micro_batches
+from k2.training.loop import ParallelPlan, SingleProcess, train_step
 from k2.training.state import TrainState
 from tests.training.small import MODEL, corpus
 
-ROWS, LENGTH, MICRO_ROWS = 8, 16, 2
-CONFIG: ModelConfig = MODEL.model_copy(update={"num_hidden_layers": 3})
+ROWS, LENGTH, MICRO_ROWS = 8, 16, 1
+CONFIG: ModelConfig = MODEL.model_copy(update={"num_hidden_layers": 4})
 OPTIMIZER = OptimizerConfig(tau=0.5, bias_update_speed=0.01, max_grad_norm=0.05, newton_schulz_bf16=False)
 
 
@@ -46,49 +45,54 @@ def model(dtype: torch.dtype, recompute: bool = False) -> Transformer:
 
 
 class Choices:
-    """Notes what every router chooses, in order, and counts tokens for whom `expected` says otherwise."""
+    """Notes what the routers of a model choose, and counts the tokens for whom `expected` says otherwise.
 
-    def __init__(self, expected: torch.Tensor | None, impose: bool) -> None:
-        self.seen: list[torch.Tensor] = []
+    seen, expected: for each layer with experts, the micro-batches' choices in order.
+    """
+
+    def __init__(self, model: Transformer, expected: dict[int, list[torch.Tensor]] | None, impose: bool) -> None:
+        self.seen: dict[int, list[torch.Tensor]] = {int(n): [] for n in model.layers}
         self.flips = 0
+        self._layers = {layer.mlp.gate: int(n) for n, layer in model.layers.items() if hasattr(layer.mlp, "gate")}
         self._expected, self._impose, self._choose = expected, impose, Router._choose
 
     def __enter__(self) -> "Choices":
-        Router._choose = lambda router, scores: self._next(self._choose(router, scores))
+        Router._choose = lambda router, scores: self._next(self._layers[router], self._choose(router, scores))
         return self
 
     def __exit__(self, *_: object) -> None:
         Router._choose = self._choose
 
-    def _next(self, experts_TS: torch.Tensor) -> torch.Tensor:
-        self.seen.append(experts_TS)
+    def _next(self, layer: int, experts_TS: torch.Tensor) -> torch.Tensor:
+        self.seen[layer].append(experts_TS)
         if self._expected is None:
             return experts_TS
-        expected_TS = self._expected[len(self.seen) - 1]
+        expected_TS = self._expected[layer][len(self.seen[layer]) - 1]
         self.flips += int((experts_TS.sort().values != expected_TS.sort().values).any(1).sum())
         return expected_TS if self._impose else experts_TS
 
 
-def train(state: TrainState, steps: int, rank: int, ranks: int, plan: ParallelPlan | None) -> list[dict[str, Any]]:
+def train(state: TrainState, steps: int, plan: ParallelPlan) -> list[dict[str, Any]]:
     """A few steps on one rank's part of the data; returns the reports."""
-    loader = TokenLoader(*corpus(), ROWS, LENGTH, 0, rank, ranks)
+    loader = TokenLoader(*corpus(), ROWS, LENGTH, 0, plan.data_rank, plan.layout.data_parallel)
     reports = []
     for _ in range(steps):
         batch = loader.next_batch()
         parts = micro_batches(batch.tokens_BL, batch.targets_BL, MICRO_ROWS, batch.document_BL)
-        reports.append(train_step(state, parts, next_token_loss(0.01), lambda tokens: 0.01, plan).row())
+        reports.append(train_step(state, parts, NextTokenLoss(0.01), lambda tokens: 0.01, plan).row())
     return reports
 
 
 def alone(dtype: torch.dtype, steps: int) -> dict[str, Any]:
-    """The same steps in one process; `choices` is [steps, micro-batches, layers with experts, tokens, choices]."""
+    """The same steps in one process; `choices` of each layer is [steps, micro-batches, tokens, choices]."""
     whole = model(dtype)
     state = TrainState(whole, MuonClip(whole.named_parameters(), logical_tensors(CONFIG), OPTIMIZER))
-    with Choices(None, False) as choices:
-        reports = train(state, steps, 0, 1, None)
-    chosen = torch.stack(choices.seen).view(steps, ROWS // MICRO_ROWS, -1, *choices.seen[0].shape)
+    with Choices(whole, None, False) as choices:
+        reports = train(state, steps, SingleProcess())
+    chosen = {n: torch.stack(seen).unflatten(0, (steps, -1)) for n, seen in choices.seen.items() if seen}
     clips = state.optimizer.qk_clip.counts
-    return {"weights": whole.state_dict(), "reports": reports, "clips": clips, "choices": chosen}
+    size = state_size(state)
+    return {"weights": whole.state_dict(), "reports": reports, "clips": clips, "choices": chosen, "state": size}
 
 
 def together(mesh: Mesh, notes: list[str], choices: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -96,36 +100,48 @@ def together(mesh: Mesh, notes: list[str], choices: Path) -> tuple[dict[str, Any
     dtype, steps, expected = torch.float64, 5, None
     if "float32" in notes:
         dtype, steps = torch.float32, 20
-        expected = torch.load(choices).chunk(mesh.world_size, 1)[mesh.rank].flatten(0, 2)
+        parts = {n: chosen.chunk(mesh.layout.data_parallel, 1) for n, chosen in torch.load(choices).items()}
+        expected = {n: list(part[mesh.data_rank].flatten(0, 1)) for n, part in parts.items()}
     part = model(dtype, "recompute" in notes)
     plan = DistributedPlan(mesh, part)
     state = TrainState(part, plan.optimizer(OPTIMIZER))
-    with Choices(expected, "replayed" in notes) as chosen:
-        reports = train(state, steps, mesh.rank, mesh.world_size, plan)
+    with Choices(part, expected, "replayed" in notes) as chosen:
+        reports = train(state, steps, plan)
     dense = {n: digest(w) for n, w in sorted(part.state_dict().items()) if ".experts." not in n}
     experts = {n: digest(w) for n, w in sorted(part.state_dict().items()) if ".experts." in n}
     own = {
         "dense": dense,
         "experts": experts,
-        "state": sum(t.numel() for n, t in state.optimizer.state_dict().items() if n.startswith(("momentum", "exp"))),
+        "state": state_size(state),
         "flips": chosen.flips,
-        "choices": sum(len(experts_TS) for experts_TS in chosen.seen),
+        "choices": sum(len(experts_TS) for seen in chosen.seen.values() for experts_TS in seen),
     }
-    return {"weights": plan.state_dict(), "reports": reports, "clips": state.optimizer.qk_clip.counts}, own
+    return {"weights": dict(plan.weights()), "reports": reports, "clips": state.optimizer.qk_clip.counts}, own
+
+
+def state_size(state: TrainState) -> int:
+    """Values of momentum and AdamW's averages."""
+    return sum(t.numel() for n, t in state.optimizer.state_dict().items() if n.startswith(("momentum", "exp")))
 
 
 def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
+def layout_of(name: str) -> tuple[Layout, list[str]]:
+    """`2x2.1.2.note` as two pipeline stages of two slices, one expert-parallel rank, two replicas; and the notes."""
+    stages, ep, dp, *notes = name.split(".")
+    pp, _, virtual = stages.partition("x")
+    return Layout(int(pp), int(ep), int(dp), int(virtual or 1), micro_batch_tokens=MICRO_ROWS * LENGTH), notes
+
+
 def main(folder: Path, names: list[str]) -> None:
     rank = int(os.environ["RANK"])
     for name in names:
-        pp, ep, dp, *notes = name.split(".")
-        layout = replace(Layout(int(pp), int(ep), int(dp)), micro_batch_tokens=MICRO_ROWS * LENGTH)
-        config = f"config-{rank if 'differs' in notes else 0}"
+        layout, notes = layout_of(name)
+        config = {"config": {"lr": 0.01 + rank if "differs" in notes else 0.01}}
         try:
-            mesh = join(layout, CONFIG, batch_tokens=ROWS * LENGTH, context=LENGTH, digest=config)
+            mesh = join(layout, CONFIG, batch_tokens=ROWS * LENGTH, context=LENGTH, identity=config)
         except UserError as error:
             (folder / f"{name}.{rank}.txt").write_text(str(error))
             continue

@@ -3,25 +3,36 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.distributed.program import alone
+from tests.distributed.program import alone, layout_of
 
 ROOT = Path(__file__).parents[2]
-TWO = ["1.1.2", "1.2.1", "1.2.1.recompute", "1.1.2.buckets"]
-FOUR = ["1.2.2", "1.4.1", "1.1.4"]
-SINGLE = ["1.2.2.float32.replayed", "1.2.2.float32"]
-REFUSED = {
-    "1.1.2.differs": "rank 1 has another configuration than rank 0: digest config-1, not config-0",
-    "1.2.2": "layout: ep=2 x dp=2 are 4 ranks, but 2 were started; the nearest that works is pp=1, ep=2, dp=1",
-    "1.3.1": "layout: ep=3 x dp=1 are 3 ranks, but 2 were started; the nearest that works is pp=1, ep=2, dp=1",
-    "2.1.1": "layout: pp=2, virtual_stages=1: pipeline parallelism is not there; "
-    "the nearest that works is pp=1, ep=1, dp=2",
+LAYOUTS = {
+    2: ["1.1.2", "1.2.1", "1.2.1.recompute", "1.1.2.buckets", "2.1.1", "2x2.1.1", "2.1.1.recompute"],
+    4: ["1.2.2", "1.4.1", "1.1.4", "4.1.1", "2.2.1", "2.1.2", "2x2.2.1"],
+    8: ["2.2.2", "2x2.2.2", "4.2.1", "4.1.2", "1.4.2"],
 }
+SINGLE = {4: ["1.2.2.float32.replayed", "1.2.2.float32"], 8: ["2x2.2.2.float32.replayed", "2x2.2.2.float32"]}
+REFUSED = {
+    "1.1.2.differs": "ranks disagree on config.lr: rank 1 has 1.01, rank 0 has 0.01",
+    "1.2.2": "layout: pp=1 x ep=2 x dp=2 are 4 ranks, but 2 were started; the nearest that works is pp=1, ep=2, dp=1",
+    "1.3.1": "layout: pp=1 x ep=3 x dp=1 are 3 ranks, but 2 were started; the nearest that works is pp=1, ep=2, dp=1",
+    "2x3.1.1": "layout: pp=2 x virtual_stages=3 exceed 4 layers; the nearest that works is pp=2, ep=1, dp=1",
+}
+ALL = [(ranks, name) for ranks, names in LAYOUTS.items() for name in names]
+
+
+def many(ranks: int) -> list[pytest.MarkDecorator]:
+    """More than two ranks are for `make test-distributed`."""
+    skip = pytest.mark.skipif(not os.environ.get("K2_ALL_RANKS"), reason="make test-distributed runs it")
+    return [pytest.mark.slow, skip] if ranks > 2 else []
 
 
 def launch(ranks: int, folder: Path, names: list[str]) -> Path:
@@ -47,15 +58,17 @@ def reference32() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return launch(2, tmp_path_factory.mktemp("two"), [*REFUSED, *TWO])
+def trained(tmp_path_factory: pytest.TempPathFactory, reference32: dict[str, Any]) -> Callable[[int], Path]:
+    """The folder in which so many ranks left what they trained; they run once."""
 
+    @cache
+    def run(ranks: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        torch.save(reference32["choices"], folder / "choices.pt")
+        refused = list(REFUSED) if ranks == 2 else []
+        return launch(ranks, folder, [*refused, *LAYOUTS[ranks], *SINGLE.get(ranks, [])])
 
-@pytest.fixture(scope="module")
-def four(tmp_path_factory: pytest.TempPathFactory, reference32: dict[str, Any]) -> Path:
-    folder = tmp_path_factory.mktemp("four")
-    torch.save(reference32["choices"], folder / "choices.pt")
-    return launch(4, folder, [*FOUR, *SINGLE])
+    return run
 
 
 def check(folder: Path, name: str, reference: dict[str, Any]) -> None:
@@ -72,42 +85,48 @@ def check(folder: Path, name: str, reference: dict[str, Any]) -> None:
             assert ours[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
 
 
-def check_ranks(folder: Path, name: str, ranks: int, ep: int) -> None:
-    """Replicas hold the same bytes, and optimizer state is divided without overlap."""
-    own = [torch.load(folder / f"{name}.{rank}.pt") for rank in range(ranks)]
-    assert all(found["dense"] == own[0]["dense"] for found in own)
-    assert all(found["experts"] == own[rank % ep]["experts"] for rank, found in enumerate(own))
-    assert len({str(found["experts"]) for found in own}) == ep
-    assert max(found["state"] for found in own) < 2 * sum(found["state"] for found in own) / ranks
+def check_ranks(folder: Path, name: str, state: int) -> None:
+    """Ranks that hold the same layers hold the same bytes, and optimizer state is divided without overlap."""
+    layout, _ = layout_of(name)
+    own = [torch.load(folder / f"{name}.{rank}.pt") for rank in range(layout.ranks)]
+    for rank, found in enumerate(own):
+        stage = rank - rank % layout.data_parallel
+        assert found["dense"] == own[stage]["dense"]
+        assert found["experts"] == own[stage + rank % layout.ep]["experts"]
+    with_experts = [stage for stage in range(layout.pp) if own[stage * layout.data_parallel]["experts"]]
+    assert len({str(found["experts"]) for found in own if found["experts"]}) == len(with_experts) * layout.ep
+    assert sum(found["state"] for found in own) == state
+    for stage in range(layout.pp):
+        states = [found["state"] for found in own[stage * layout.data_parallel :][: layout.data_parallel]]
+        assert max(states) < 2 * sum(states) / len(states)
 
 
-@pytest.mark.parametrize("name", TWO)
-def test_two_ranks_make_the_steps_of_one(two: Path, name: str, reference: dict[str, Any]) -> None:
-    check(two, name, reference)
-    check_ranks(two, name, 2, int(name.split(".")[1]))
+@pytest.mark.parametrize(("ranks", "name"), [pytest.param(*each, marks=many(each[0])) for each in ALL])
+def test_ranks_make_the_steps_of_one(
+    trained: Callable[[int], Path], ranks: int, name: str, reference: dict[str, Any]
+) -> None:
+    check(trained(ranks), name, reference)
+    check_ranks(trained(ranks), name, reference["state"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FOUR)
-def test_four_ranks_make_the_steps_of_one(four: Path, name: str, reference: dict[str, Any]) -> None:
-    check(four, name, reference)
-    check_ranks(four, name, 4, int(name.split(".")[1]))
-
-
-@pytest.mark.slow
-def test_losses_in_float32_follow_those_of_one_process(four: Path, reference32: dict[str, Any]) -> None:
+@pytest.mark.parametrize("ranks", [pytest.param(ranks, marks=many(ranks)) for ranks in SINGLE])
+def test_losses_in_float32_follow_those_of_one_process(
+    trained: Callable[[int], Path], ranks: int, reference32: dict[str, Any]
+) -> None:
     """With the same expert choices; a router that runs freely may flip, which is printed and not bounded."""
     deviations = []
-    for name in SINGLE:
-        reports = torch.load(four / f"{name}.pt")["reports"]
+    for name in SINGLE[ranks]:
+        reports = torch.load(trained(ranks) / f"{name}.pt")["reports"]
         pairs = zip(reports, reference32["reports"], strict=True)
         deviations.append(max(abs(ours["loss"] / theirs["loss"] - 1) for ours, theirs in pairs))
-        own = [torch.load(four / f"{name}.{rank}.pt") for rank in range(4)]
+        own = [torch.load(trained(ranks) / f"{name}.{rank}.pt") for rank in range(ranks)]
         flips, choices = (sum(found[key] for found in own) for key in ("flips", "choices"))
         print(f"{name}: losses within {deviations[-1]:.1e}, flips {flips} of {choices} tokens")
     assert deviations[0] <= 1e-4
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_bad_layouts_and_ranks_that_disagree_are_refused_by_every_rank(two: Path, name: str) -> None:
-    assert [(two / f"{name}.{rank}.txt").read_text() for rank in (0, 1)] == [REFUSED[name]] * 2
+def test_bad_layouts_and_ranks_that_disagree_are_refused_by_every_rank(
+    trained: Callable[[int], Path], name: str
+) -> None:
+    assert [(trained(2) / f"{name}.{rank}.txt").read_text() for rank in (0, 1)] == [REFUSED[name]] * 2

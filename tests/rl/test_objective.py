@@ -8,7 +8,7 @@ from k2.config.model import ModelConfig
 from k2.errors import StageError
 from k2.model.transformer import Transformer
 from k2.rl.objective import MAX_LOG_RATIO, PtxBatch, RolloutBatch, policy_loss, response_logprobs, squared_gap
-from k2.training.batches import TokenBatch, next_token_loss
+from k2.training.batches import NextTokenLoss, TokenBatch
 
 SHAPE = ModelConfig(
     vocab_size=32,
@@ -163,7 +163,7 @@ def test_ptx_adds_its_coefficient_times_the_mean_loss_to_the_steps_mean() -> Non
     model = small_model()
     demonstrations = TokenBatch(torch.arange(12).view(2, 6), torch.arange(1, 13).view(2, 6))
     loss = policy_loss(0.1, 0.5)(model, PtxBatch(demonstrations, samples=8))
-    reference = next_token_loss()(model, demonstrations)
+    reference = NextTokenLoss()(model, demonstrations)
     assert loss.weight == 0
     torch.testing.assert_close(loss.total / 8, 0.5 * reference.total / reference.weight)
     assert loss.metrics["ptx_loss"] / 8 == pytest.approx((reference.total / reference.weight).item())

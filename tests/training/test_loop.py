@@ -14,7 +14,7 @@ from k2.errors import StageError
 from k2.model.layout import logical_tensors
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
-from k2.training.batches import TokenBatch, micro_batches, next_token_loss
+from k2.training.batches import NextTokenLoss, TokenBatch, micro_batches
 from k2.training.history import History
 from k2.training.instruments import expert_shares, head_statistics
 from k2.training.loop import Loss, balance_experts, train, train_step
@@ -43,7 +43,7 @@ def weights(found: TrainState) -> dict[str, Tensor]:
 
 
 def step(found: TrainState, size: int, **changes: Any) -> Any:
-    return train_step(found, micro_batches(*rows(), size), next_token_loss(), lambda tokens: LR, **changes)
+    return train_step(found, micro_batches(*rows(), size), NextTokenLoss(), lambda tokens: LR, **changes)
 
 
 def test_accumulation_equals_one_large_batch() -> None:
@@ -80,7 +80,7 @@ def test_a_bad_gradient_is_skipped_and_five_in_a_row_fail() -> None:
     before = weights(found)
 
     def poisoned(model: Transformer, batch: TokenBatch) -> Loss:
-        loss = next_token_loss()(model, batch)
+        loss = NextTokenLoss()(model, batch)
         return Loss(loss.total * float("nan"), loss.weight, loss.statistics)
 
     batches = micro_batches(*rows(), 8)
@@ -169,7 +169,7 @@ class Endless:
 def test_instruments_reach_the_progress_and_the_notes() -> None:
     found, listener = state(tau=0.05, spike_margin=1e-6, spike_policy="off", spectral_interval=2), Listener()
     found.mean_loss = 0.0
-    train(found, Endless(), next_token_loss(), lambda tokens: LR, until=4, progress=listener)
+    train(found, Endless(), NextTokenLoss(), lambda tokens: LR, until=4, progress=listener)
     kinds = [kind for kind, _ in listener.events]
     assert kinds.count("spectral_norms") == 2
     assert kinds.count("loss_spike") >= 1
@@ -196,7 +196,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         run = state(config, tau=0.05)
         run.model.compute_dtype = torch.bfloat16
         reports = [
-            train_step(run, micro_batches(tokens, tokens, 8), next_token_loss(1e-4), lambda tokens: LR)
+            train_step(run, micro_batches(tokens, tokens, 8), NextTokenLoss(1e-4), lambda tokens: LR)
             for _ in range(2)
         ]
         found.append((reports, weights(run)))

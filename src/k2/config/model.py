@@ -72,6 +72,11 @@ class ModelConfig(Section):
         return self
 
     @property
+    def mixture_layers(self) -> int:
+        """Layers with experts."""
+        return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
     def qk_head_dim(self) -> int:
         """Query/key dimensions per head."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim

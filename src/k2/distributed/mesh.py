@@ -1,10 +1,14 @@
-"""The ranks of a run, by what they share. Rank = data-parallel index x ep + expert-parallel index.
+"""The ranks of a run, by what they share: rank = (pipeline stage x dp + replica) x ep + expert-parallel index.
 
-As in Kimi K2 (report, section 2.4) every rank reads data of its own; the routed experts are divided by `ep`, all other
-weights are the same everywhere. Ranks that exchange tokens are neighbours, so that they share a node where it fits.
+As in Kimi K2 (report, section 2.4) a pipeline stage has some of the layers; its ranks read data of their own, divide
+the routed experts by `ep` and hold the same everything else. Ranks that exchange tokens are neighbours, so that they
+share a node where it fits; the stages of one replica read the same data.
 """
 
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,28 +22,49 @@ from k2.planner.layout import Layout, divisors
 class Mesh:
     """One rank's place.
 
-    everyone: all ranks, which hold the same dense weights.
-    experts: the ranks that hold all routed experts together, `ep` of them.
+    everyone: all ranks.
+    pipeline: the ranks that hold all layers together, `pp` of them; they read the same data.
+    stage: the ranks of this pipeline stage, which hold the same dense weights, `ep * dp` of them.
+    experts: the ranks that hold all routed experts of the stage together, `ep` of them.
     replicas: the ranks that hold the same routed experts, `dp` of them.
     """
 
+    layout: Layout
     rank: int
     world_size: int
     everyone: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    stage: dist.ProcessGroup
     experts: dist.ProcessGroup
     replicas: dist.ProcessGroup
 
+    @property
+    def data_rank(self) -> int:
+        """Which part of every step's rows is this rank's, of `layout.data_parallel` parts."""
+        return self.stage.rank()
+
+
+def world_size() -> int:
+    """Processes of this run; torchrun's environment says it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
 
 def join(
-    layout: Layout, model: ModelConfig, *, batch_tokens: int, context: int, digest: str, backend: str = "gloo"
+    layout: Layout,
+    model: ModelConfig,
+    *,
+    batch_tokens: int,
+    context: int,
+    identity: Mapping[str, Any],
+    backend: str = "gloo",
 ) -> Mesh:
     """Meet the other ranks (torchrun's environment says where) and agree with them before anything is computed.
 
     A process group that is already there is used, so that one may be shared.
 
     Args:
-        layout: `pp` is 1; `ep * dp` is the number of ranks.
-        digest: of everything that all ranks must have in common, configuration and code.
+        layout: `pp * ep * dp` is the number of ranks.
+        identity: everything that all ranks must have in common, configuration and code: nested, JSON-ready.
         backend: torch.distributed's, such as `gloo`, or `cpu:gloo,cuda:nccl` on GPUs.
     Raises:
         UserError: on every rank alike, when the layout does not divide or the ranks do not agree.
@@ -48,40 +73,74 @@ def join(
         dist.init_process_group(backend)
     rank, size = dist.get_rank(), dist.get_world_size()
     # Exchanged before anybody refuses: a rank that left alone would keep the others waiting.
-    mine = (problem_of(layout, model, batch_tokens, context, size), digest)
+    mine = (problem_of(layout, model, batch_tokens, context, size), dict(_flat(identity)))
     found = [mine] * size
     dist.all_gather_object(found, mine)
     if refused := _refusal(found):
         raise UserError(refused)
-    mesh = init_device_mesh("cuda" if "nccl" in backend else "cpu", (layout.dp, layout.ep), mesh_dim_names=("dp", "ep"))
+    return _mesh(layout, rank, size, "cuda" if "nccl" in backend else "cpu")
+
+
+def _mesh(layout: Layout, rank: int, size: int, device: str) -> Mesh:
+    names = ("pp", "dp", "ep")
+    mesh = init_device_mesh(device, (layout.pp, layout.dp, layout.ep), mesh_dim_names=names)
     everyone = dist.group.WORLD
     assert everyone is not None  # torch's type only: the process group was made above
-    return Mesh(rank, size, everyone, mesh.get_group("ep"), mesh.get_group("dp"))
+    stage = mesh["dp", "ep"]._flatten("stage")
+    groups = mesh.get_group("pp"), stage.get_group(), mesh.get_group("ep"), mesh.get_group("dp")
+    return Mesh(layout, rank, size, everyone, *groups)
 
 
 def problem_of(layout: Layout, model: ModelConfig, batch_tokens: int, context: int, ranks: int) -> str | None:
     """Why these ranks cannot train by this layout and what they can, or None."""
-    if layout.pp * layout.virtual_stages > 1:
-        problem = f"pp={layout.pp}, virtual_stages={layout.virtual_stages}: pipeline parallelism is not there"
-    elif layout.ranks != ranks:
-        problem = f"ep={layout.ep} x dp={layout.dp} are {layout.ranks} ranks, but {ranks} were started"
+    if layout.ranks != ranks:
+        product = f"pp={layout.pp} x ep={layout.ep} x dp={layout.dp}"
+        problem = f"{product} are {layout.ranks} ranks, but {ranks} were started"
     else:
         found = layout.problem(model, batch_tokens, context)
         if found is None:
             return None
         problem = found
-    others = [replace(layout, pp=1, virtual_stages=1, ep=ep, dp=ranks // ep) for ep in divisors(ranks)]
-    fitting = [other for other in others if other.problem(model, batch_tokens, context) is None]
+    fitting = [other for other in _others(layout, ranks) if other.problem(model, batch_tokens, context) is None]
     if not fitting:
         return f"{problem}; {ranks} ranks have no layout that works"
-    nearest = min(fitting, key=lambda other: (abs(other.ep - layout.ep), other.ep))
-    return f"{problem}; the nearest that works is pp=1, ep={nearest.ep}, dp={nearest.dp}"
+    nearest = min(fitting, key=lambda other: _distance(layout, other))
+    stages = f"pp={nearest.pp}, " + (f"virtual_stages={nearest.virtual_stages}, " if nearest.virtual_stages > 1 else "")
+    return f"{problem}; the nearest that works is {stages}ep={nearest.ep}, dp={nearest.dp}"
 
 
-def _refusal(found: list[tuple[str | None, str]]) -> str | None:
-    """The one line that all ranks say, from every rank's problem and digest."""
+def _others(layout: Layout, ranks: int) -> Iterator[Layout]:
+    for pp in divisors(ranks):
+        for ep in divisors(ranks // pp):
+            for virtual in sorted({1, layout.virtual_stages}) if pp > 1 else (1,):
+                yield replace(layout, pp=pp, virtual_stages=virtual, ep=ep, dp=ranks // pp // ep)
+
+
+def _distance(wanted: Layout, other: Layout) -> tuple[int, ...]:
+    stages, virtual = abs(other.pp - wanted.pp), abs(other.virtual_stages - wanted.virtual_stages)
+    return stages + abs(other.ep - wanted.ep) + virtual, stages, other.pp, other.ep
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` as `("a.b", 1)`."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _refusal(found: list[tuple[str | None, dict[str, Any]]]) -> str | None:
+    """The one line that all ranks say, from every rank's problem and identity."""
     first = found[0][1]
-    for rank, (_, digest) in enumerate(found):
-        if digest != first:
-            return f"rank {rank} has another configuration than rank 0: digest {digest[:12]}, not {first[:12]}"
+    for rank, (_, other) in enumerate(found):
+        for name in sorted(first.keys() | other.keys()):
+            ours, theirs = first.get(name), other.get(name)
+            if ours != theirs:
+                return f"ranks disagree on {name}: rank {rank} has {_short(theirs)}, rank 0 has {_short(ours)}"
     return next((f"layout: {problem}" for problem, _ in found if problem), None)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -1,10 +1,12 @@
-"""Expert parallelism x ZeRO-1 data parallelism as a `ParallelPlan` of the training loop.
+"""Pipeline x expert x ZeRO-1 data parallelism as a `ParallelPlan` of the training loop.
 
-Dense weights are divided over all ranks for the optimizer, each rank's experts over the ranks that hold the same ones.
-So every value is in one optimizer, Newton-Schulz of a matrix is done once, and sums over all ranks count nothing twice.
+Layers are divided over pipeline stages. A stage's dense weights are divided over its ranks for the optimizer, each
+rank's experts over the ranks that hold the same ones. So every value is in one optimizer, Newton-Schulz of a matrix
+is done once, and sums over all ranks count nothing twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,26 +16,33 @@ from k2.config.optimizer import OptimizerConfig
 from k2.distributed.expert import divide_experts, local_experts
 from k2.distributed.mesh import Mesh
 from k2.distributed.ownership import local_layout, owners, shard_layout
+from k2.distributed.pipeline import Pipeline, keep_layers
 from k2.distributed.zero import Replicas
 from k2.errors import UserError
 from k2.model.layout import LogicalTensor, logical_tensors
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
+from k2.training.batches import NextTokenLoss, TokenBatch
+from k2.training.loop import Loss, LossFn, one_by_one
+from k2.training.state import BatchT
 
 
 class DistributedPlan:
     """One rank's part of a model, its optimizer, and what the ranks exchange in a step.
 
-    The model must be the same on all ranks, experts included; here it keeps this rank's experts only.
+    The model must be the same on all ranks, complete; here it keeps this rank's layers and experts only.
     """
 
     def __init__(self, mesh: Mesh, model: Transformer) -> None:
-        self._mesh, self._model = mesh, model
+        self._mesh, self._model, self.layout = mesh, model, mesh.layout
+        self._pipeline: tuple[Any, Pipeline] | None = None
         self._layout = logical_tensors(model.config)
+        keep_layers(model, mesh)
         divide_experts(model, mesh.experts)
-        self._local = local_layout(self._layout, local_experts(model.config.n_routed_experts, mesh.experts))
+        mine = [tensor for tensor in self._layout if tensor.parameter in model.state_dict()]
+        self._local = local_layout(mine, local_experts(model.config.n_routed_experts, mesh.experts))
         self._sharded = {tensor.parameter for tensor in self._local if tensor.shard_axis is not None}
-        self._replicas = [self._divide(mesh.everyone, False), self._divide(mesh.replicas, True)]
+        self._replicas = [self._divide(mesh.stage, False), self._divide(mesh.replicas, True)]
 
     def _divide(self, group: dist.ProcessGroup, sharded: bool) -> Replicas:
         layout = [tensor for tensor in self._local if (tensor.parameter in self._sharded) == sharded]
@@ -59,6 +68,24 @@ class DistributedPlan:
             raise UserError(f"optimizer.spectral_interval is {config.spectral_interval}; over many ranks it must be 0")
         parameters, layout = self.owned
         return MuonClip(parameters.items(), layout, config, clip_layout=self._layout)
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of every step's rows this rank reads; the stages of a pipeline read the same."""
+        return self._mesh.data_rank
+
+    def losses(
+        self, model: Transformer, batches: Iterable[BatchT], loss_fn: LossFn[BatchT]
+    ) -> Iterable[tuple[int, Loss]]:
+        """Micro-batches one by one, or through the pipeline: all of one shape, and with the next-token loss."""
+        if self.layout.pp == 1:
+            return one_by_one(model, batches, loss_fn)
+        found = [batch for batch in batches if isinstance(batch, TokenBatch)]
+        assert isinstance(loss_fn, NextTokenLoss), "only this loss is divided over pipeline stages"
+        key = model.config, loss_fn, len(found), found[0].tokens_BL.shape, torch.is_grad_enabled()
+        if self._pipeline is None or self._pipeline[0] != key:
+            self._pipeline = key, Pipeline(self._mesh, model, loss_fn, found)
+        return self._pipeline[1].losses(found)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum each tensor over all ranks, in place."""
@@ -91,12 +118,25 @@ class DistributedPlan:
         optimizer.update_rms = float((sums[0] / sums[1].clamp(min=1)).sqrt())
 
     @torch.no_grad()
-    def state_dict(self) -> dict[str, Tensor]:
-        """The whole model's weights and buffers on every rank, experts collected one parameter at a time."""
-        return {
-            name: self._collect(tensor) if name in self._sharded else tensor.clone()
-            for name, tensor in self._model.state_dict().items()
-        }
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The whole model's weights and buffers, one after the other on every rank: all must read to the end."""
+        with torch.device("meta"):
+            whole = Transformer(self._model.config).state_dict()
+        mine = self._model.state_dict()
+        stages: list[dict[str, torch.dtype]] = [{}] * self.layout.pp
+        dist.all_gather_object(stages, {n: t.dtype for n, t in mine.items()}, group=self._mesh.pipeline)
+        for name, like in whole.items():
+            stage = next(rank for rank, names in enumerate(stages) if name in names)
+            if stage == self._mesh.pipeline.rank():
+                tensor = self._collect(mine[name]) if name in self._sharded else mine[name].clone()
+            else:
+                tensor = torch.empty_like(like, dtype=stages[stage][name], device=self._device)
+            dist.broadcast(tensor, group=self._mesh.pipeline, group_src=stage)
+            yield name, tensor
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
 
     def _collect(self, mine: Tensor) -> Tensor:
         parts = mine.new_empty(self._mesh.experts.size() * len(mine), *mine.shape[1:])

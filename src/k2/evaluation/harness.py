@@ -17,7 +17,7 @@ from k2.model.generate import Engine, Sample
 from k2.model.sampling import SamplingConfig
 from k2.model.transformer import Transformer
 from k2.serving.chat_template import IM_END, encode_chat
-from k2.training.batches import micro_batches, next_token_loss
+from k2.training.batches import NextTokenLoss, micro_batches
 
 Mode = Literal["sampled", "greedy"]
 MODES: tuple[Mode, ...] = ("sampled", "greedy")
@@ -153,7 +153,7 @@ def heldout_loss(
     first = np.asarray(offsets[1:-1]) - 1
     targets[first[first < len(targets)]] = IGNORE
     inputs_BL = np.asarray(tokens[: count * context], dtype=np.int64).reshape(count, context)
-    loss_fn, total, weight = next_token_loss(), 0.0, 0.0
+    loss_fn, total, weight = NextTokenLoss(), 0.0, 0.0
     for batch in micro_batches(inputs_BL, targets.reshape(count, context), rows):
         loss = loss_fn(model, batch)
         total, weight = total + loss.total.item(), weight + loss.weight

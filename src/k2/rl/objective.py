@@ -15,7 +15,7 @@ from torch import Tensor
 
 from k2.errors import StageError
 from k2.model.transformer import Statistics, Transformer
-from k2.training.batches import TokenBatch, next_token_loss
+from k2.training.batches import NextTokenLoss, TokenBatch
 from k2.training.loop import Loss
 
 MAX_LOG_RATIO = 20.0
@@ -130,7 +130,7 @@ def policy_loss(tau: float, ptx_coefficient: float) -> Callable[[Transformer, Ro
 
     The PTX loss, a mean over tokens, is scaled to the step's samples and adds no weight, so it is added to the mean.
     """
-    ptx_loss = next_token_loss()
+    ptx_loss = NextTokenLoss()
 
     def loss_fn(model: Transformer, batch: RolloutBatch | PtxBatch) -> Loss:
         if isinstance(batch, RolloutBatch):

@@ -14,7 +14,7 @@ from k2.optim.muonclip import MuonClip
 from k2.optim.schedule import warmup_cosine
 from k2.rl.demonstrations import DemonstrationSource
 from k2.serving.chat_template import EncodedChat
-from k2.training.batches import next_token_loss
+from k2.training.batches import NextTokenLoss
 from k2.training.checkpoint import Checkpoints
 from k2.training.loop import train
 from k2.training.state import TrainState
@@ -52,7 +52,7 @@ def fine_tune(
     rounds = [*range(config.validation_steps, config.steps, config.validation_steps), config.steps]
     for until in (step for step in rounds if step >= state.step):
         train(
-            state, source, next_token_loss(), lambda _: schedule.lr(state.step + 1),
+            state, source, NextTokenLoss(), lambda _: schedule.lr(state.step + 1),
             until=until, checkpoints=checkpoints, progress=progress, total=config.steps,
         )  # fmt: skip
         if enough():

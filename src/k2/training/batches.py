@@ -3,7 +3,6 @@
 Letters in shapes: B batch, L length.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,23 +53,40 @@ def micro_batches(
     ]
 
 
-def next_token_loss(balance_weight: float = 0.0) -> Callable[[Transformer, TokenBatch], Loss]:
+@dataclass(frozen=True)
+class NextTokenLoss:
     """Cross-entropy in nats over targets that are not IGNORE, plus DeepSeek-V3's sequence-wise balance loss.
 
-    Args:
-        balance_weight: the balance loss's alpha (DeepSeek-V3: 1e-4); 0 leaves it out.
+    In two parts, because the layers may be divided: each slice has its share of the balance loss, the last one the
+    cross-entropy.
+
+    balance_weight: the balance loss's alpha (DeepSeek-V3: 1e-4); 0 leaves it out.
     """
 
-    def loss_fn(model: Transformer, batch: TokenBatch) -> Loss:
-        hidden_BLD, statistics = model(
-            batch.tokens_BL, documents_BL=batch.documents_BL, with_balance_loss=balance_weight > 0
-        )
-        counted_BL = batch.targets_BL != IGNORE
-        log_probs_BL = model.log_probs(hidden_BLD, batch.targets_BL.clamp(min=0))
-        weight = int(counted_BL.sum())
-        cross_entropy = -torch.where(counted_BL, log_probs_BL, 0).sum()
-        balance = statistics.balance_loss * weight
-        metrics = {"cross_entropy": cross_entropy.item(), "balance_loss": balance.item()}
-        return Loss(cross_entropy + balance_weight * balance, weight, statistics, metrics)
+    balance_weight: float = 0.0
 
-    return loss_fn
+    def __call__(self, model: Transformer, batch: TokenBatch) -> Loss:
+        """The summed loss of one micro-batch of a model that has all layers."""
+        hidden_BLD, riding = self.through(model, batch)
+        return self.at_head(model, hidden_BLD, batch.targets_BL, riding)
+
+    def through(self, model: Transformer, batch: TokenBatch) -> tuple[Tensor, Loss]:
+        """Hidden states [B, L, D] after some of the layers, and these layers' share of the balance loss.
+
+        For all but the first slice `batch.tokens_BL` are the hidden states that come in.
+        """
+        hidden_BLD, statistics = model(
+            batch.tokens_BL, documents_BL=batch.documents_BL, with_balance_loss=self.balance_weight > 0
+        )
+        share = len(statistics.expert_counts_ME) / max(1, model.config.mixture_layers)
+        balance = statistics.balance_loss * (int((batch.targets_BL != IGNORE).sum()) * share)
+        metrics = {"cross_entropy": 0.0, "balance_loss": balance.item()}
+        return hidden_BLD, Loss(self.balance_weight * balance, 0, statistics, metrics)
+
+    def at_head(self, model: Transformer, hidden_BLD: Tensor, targets_BL: Tensor, riding: Loss) -> Loss:
+        """The cross-entropy by the last layer's hidden states, added to what `through` returned with them."""
+        counted_BL = targets_BL != IGNORE
+        log_probs_BL = model.log_probs(hidden_BLD, targets_BL.clamp(min=0))
+        cross_entropy = -torch.where(counted_BL, log_probs_BL, 0).sum()
+        metrics = {**riding.metrics, "cross_entropy": cross_entropy.item()}
+        return Loss(cross_entropy + riding.total, int(counted_BL.sum()), riding.statistics, metrics)

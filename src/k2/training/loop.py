@@ -6,20 +6,21 @@ rollouts with the live policy. Nothing here knows the time, so a resumed run mak
 Letters in shapes: M layers with experts, E experts.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol
+from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from k2.errors import StageError
 from k2.execution.contract import Progress
 from k2.model.moe import MixtureOfExperts, bias_step
-from k2.model.transformer import Statistics, Transformer
+from k2.model.transformer import DecoderLayer, Statistics, Transformer
 from k2.optim.muonclip import MuonClip
 from k2.optim.norms import stable_norm
 from k2.optim.qk_clip import ClipReport
+from k2.planner.layout import Layout
 from k2.training.checkpoint import Checkpoints
 from k2.training.instruments import StepReport, expert_shares, measure_spectrum, reason_to_skip, show, spike_in
 from k2.training.state import BatchT, BatchT_contra, Source, TrainState
@@ -53,7 +54,25 @@ class LossFn(Protocol[BatchT_contra]):
 
 
 class ParallelPlan(Protocol):
-    """How the ranks of a run share one step. Every trained value is in exactly one rank's optimizer."""
+    """How the ranks of a run share one step. Every trained value is in exactly one rank's optimizer.
+
+    Attributes:
+        layout: degrees of parallelism.
+        data_rank: which of `layout.data_parallel` equal parts of every step's rows this rank reads.
+    """
+
+    layout: Layout
+
+    @property
+    def data_rank(self) -> int: ...
+
+    def losses(
+        self, model: Transformer, batches: Iterable[BatchT], loss_fn: LossFn[BatchT]
+    ) -> Iterable[tuple[int, Loss]]:
+        """Pass this rank's micro-batches through the model, and their gradients back where gradients are enabled.
+
+        Returns tokens and losses whose sum over all ranks is the step's, statistics those of the whole model.
+        """
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum each tensor over all ranks, in place."""
@@ -71,6 +90,14 @@ class ParallelPlan(Protocol):
 class SingleProcess:
     """The 1x1x1 plan: nothing to share."""
 
+    layout, data_rank = Layout(), 0
+
+    def losses(
+        self, model: Transformer, batches: Iterable[BatchT], loss_fn: LossFn[BatchT]
+    ) -> Iterator[tuple[int, Loss]]:
+        """One micro-batch after the other."""
+        return one_by_one(model, batches, loss_fn)
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """One rank's sum is the sum."""
 
@@ -84,8 +111,17 @@ class SingleProcess:
         """The weights are already where they are used."""
 
 
+def one_by_one(model: Transformer, batches: Iterable[BatchT], loss_fn: LossFn[BatchT]) -> Iterator[tuple[int, Loss]]:
+    """What a model that has all layers does with micro-batches: see `ParallelPlan.losses`."""
+    for batch in batches:
+        loss = loss_fn(model, batch)
+        if loss.total.requires_grad:
+            loss.total.backward()  # type: ignore[no-untyped-call]
+        yield batch.tokens, loss
+
+
 @dataclass
-class _Sums(Generic[BatchT]):
+class _Sums:
     """What accumulates over the micro-batches of a step; `metrics` are sums over `weight` items."""
 
     weight: float = 0.0
@@ -94,9 +130,9 @@ class _Sums(Generic[BatchT]):
     expert_counts_ME: Tensor | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def add(self, batch: BatchT, loss: Loss) -> None:
+    def add(self, tokens: int, loss: Loss) -> None:
         self.weight += loss.weight
-        self.tokens += batch.tokens
+        self.tokens += tokens
         self.loss += loss.total.item()
         # Counts come from the forward pass's return value, so recomputation in the backward pass adds nothing.
         counts = loss.statistics.expert_counts_ME
@@ -123,7 +159,7 @@ def train_step(
     plan, optimizer = plan or SingleProcess(), state.optimizer
     state.model.train()
     optimizer.zero_grad()
-    sums = _accumulate(state, batches, loss_fn)
+    sums = _accumulate(state, batches, loss_fn, plan)
     _share(sums, optimizer, plan)
     loss, grad_norm = sums.loss / sums.weight, _normalize_gradients(optimizer, sums.weight, plan)
     rate = lr(state.tokens + sums.tokens)
@@ -156,17 +192,15 @@ def train_step(
     )
 
 
-def _accumulate(state: TrainState, batches: Iterable[BatchT], loss_fn: LossFn[BatchT]) -> _Sums[BatchT]:
-    sums: _Sums[BatchT] = _Sums()
-    for batch in batches:
-        loss = loss_fn(state.model, batch)
-        loss.total.backward()  # type: ignore[no-untyped-call]
+def _accumulate(state: TrainState, batches: Iterable[BatchT], loss_fn: LossFn[BatchT], plan: ParallelPlan) -> _Sums:
+    sums = _Sums()
+    for tokens, loss in plan.losses(state.model, batches, loss_fn):
         state.optimizer.qk_clip.observe(loss.statistics.max_logits_NH)
-        sums.add(batch, loss)
+        sums.add(tokens, loss)
     return sums
 
 
-def _share(sums: _Sums[BatchT], optimizer: MuonClip, plan: ParallelPlan) -> None:
+def _share(sums: _Sums, optimizer: MuonClip, plan: ParallelPlan) -> None:
     """Make the sums and maxima those of all ranks: each is counted once, globally."""
     names = sorted(sums.metrics)
     scalars = torch.tensor(
@@ -191,7 +225,7 @@ def _normalize_gradients(optimizer: MuonClip, weight: float, plan: ParallelPlan)
     return norm
 
 
-def _update(state: TrainState, sums: _Sums[BatchT], loss: float, lr: float, plan: ParallelPlan) -> None:
+def _update(state: TrainState, sums: _Sums, loss: float, lr: float, plan: ParallelPlan) -> None:
     state.optimizer.set_lr(lr)
     state.optimizer.step()
     plan.share_update(state.optimizer)
@@ -202,11 +236,15 @@ def _update(state: TrainState, sums: _Sums[BatchT], loss: float, lr: float, plan
 
 
 @torch.no_grad()
-def balance_experts(model: nn.Module, counts_ME: Tensor, speed: float) -> None:
-    """Move every router's selection bias by Moonlight's rule, from the token counts of the whole step."""
-    mixtures = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
-    for mixture, counts_E in zip(mixtures, counts_ME, strict=True):
-        mixture.gate.e_score_correction_bias += speed * bias_step(counts_E)
+def balance_experts(model: Transformer, counts_ME: Tensor, speed: float) -> None:
+    """Move every router's selection bias by Moonlight's rule, from the token counts of the whole step.
+
+    `counts_ME` are those of all layers, of which the model may have some.
+    """
+    for number, layer in model.layers.items():
+        if isinstance(layer, DecoderLayer) and isinstance(layer.mlp, MixtureOfExperts):
+            counts_E = counts_ME[int(number) - model.config.first_k_dense_replace]
+            layer.mlp.gate.e_score_correction_bias += speed * bias_step(counts_E)
 
 
 def train(

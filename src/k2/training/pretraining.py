@@ -21,7 +21,7 @@ from k2.model.layout import logical_tensors
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
 from k2.optim.schedule import Phase, Schedule
-from k2.training.batches import TokenBatch, micro_batches, next_token_loss
+from k2.training.batches import NextTokenLoss, TokenBatch, micro_batches
 from k2.training.checkpoint import Checkpoints
 from k2.training.history import History
 from k2.training.loop import train
@@ -139,7 +139,7 @@ def heldout_batches(tokens: Tokens, length: int, limit: int, rows: int) -> Itera
 def heldout_loss(model: Transformer, batches: Iterator[TokenBatch]) -> float:
     """Mean cross-entropy in nats per token."""
     model.eval()
-    loss_fn, total, weight = next_token_loss(), 0.0, 0.0
+    loss_fn, total, weight = NextTokenLoss(), 0.0, 0.0
     for batch in batches:
         loss = loss_fn(model, batch)
         total, weight = total + loss.total.item(), weight + loss.weight
@@ -166,7 +166,7 @@ def pretrain(
             state.model = reconfigure(state.model, model_config(config, segment.yarn))
             source.set_context_length(segment.context_length)
             _measure(state, f"{segment.name}_before", segment, config, heldout, at=start)
-            loss_fn = next_token_loss(config.balance_loss_weight)
+            loss_fn = NextTokenLoss(config.balance_loss_weight)
             train(
                 state, source, loss_fn, schedule.lr,
                 until=segment.until, total=config.steps, checkpoints=checkpoints, progress=progress,
