@@ -13,6 +13,8 @@ import yaml
 
 from k2.cli import main
 from k2.config.deployment import Deployment
+from k2.platform import pods
+from k2.platform.schedule_file import Schedule, Schedules
 from tests.manifests.render import (
     ROOT,
     Object,
@@ -44,6 +46,7 @@ TOGGLES = [
     "delivery=none",
     "quota.pods=10",
     "pullSecrets={a,b}",
+    "recurring.nightly.cron=0 3 * * *",
     "schedules[0].name=x,schedules[0].cron=0 3 * * *,schedules[0].pipeline=k2,schedules[0].parameters.preset=nano",
 ]
 OPERATORS = {"kueue", "trainer", "monitoring", "externalSecrets"}
@@ -199,7 +202,8 @@ def comparable(objects: tuple[Object, ...]) -> dict[str, Any]:
         labels = {key: value for key, value in each["metadata"]["labels"].items() if key not in HELM_LABELS}
         data = {key: yaml.safe_load(value) for key, value in each.get("data", {}).items()}
         if name(each) == "ConfigMap/k2-deployment":
-            data = {"deployment": Deployment.model_validate(data["deployment.yaml"])}
+            schedules = {"schedules": data["schedules.yaml"]} if "schedules.yaml" in data else {}
+            data = {"deployment": Deployment.model_validate(data["deployment.yaml"])} | schedules
         found[name(each)] = each | {"metadata": metadata | {"labels": labels}, "data": data}
     return found
 
@@ -244,11 +248,11 @@ def test_jobs_of_the_platform_call_commands_that_exist(monkeypatch: pytest.Monke
     monkeypatch.setenv("K2_DEPLOYMENT", "/etc/k2/deployment.yaml")
     calls = [
         template["spec"]["containers"][0]["command"]
-        for each in rendered("--set", TOGGLES[-1])
+        for each in rendered("--set", f"{TOGGLES[-1]},{TOGGLES[-2]}")
         if each["kind"] in ("Job", "CronJob")
         for template in pod_templates(each)
     ]
-    assert len(calls) == 2
+    assert len(calls) == 3
     for program, *arguments in calls:
         assert program == "k2"
         group: click.Command = main
@@ -258,6 +262,50 @@ def test_jobs_of_the_platform_call_commands_that_exist(monkeypatch: pytest.Monke
             assert found is not None
             group = found
         group.make_context(group.name, list(arguments), parent=context)
+
+
+def test_recurring_runs_and_cronjobs_say_what_the_commands_take() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text())["properties"]
+    known = set(schema["recurring"]["additionalProperties"]["properties"])
+    assert known == set(Schedule.model_fields) - {"time_zone", "concurrency_policy"}
+    (file,) = [each for each in from_file("prod") if name(each) == "ConfigMap/k2-deployment"]
+    schedules = Schedules.model_validate(yaml.safe_load(file["data"]["schedules.yaml"]))
+    assert schedules.schedules["weekly"].guards is not None
+    jobs = {name(each): each for each in from_file("prod") if each["kind"] == "Job"}
+    weights = [each["metadata"]["annotations"].get("helm.sh/hook-weight", "0") for each in jobs.values()]
+    assert (list(jobs), weights) == (["Job/k2-pipeline-upload", "Job/k2-schedule-apply"], ["0", "1"])
+    changes = "schedules[0].concurrencyPolicy=Replace,schedules[0].timeZone=Asia/Tokyo"
+    replaced = rendered("--set", f"{TOGGLES[-1]},{changes}")
+    (cron,) = [each["spec"] for each in replaced if each["kind"] == "CronJob"]
+    (template,) = pod_templates(cron)
+    assert template["spec"]["containers"][0]["command"][5:9] == ["--series", "x", "--when-running", "replace"]
+    assert cron["timeZone"] == "Asia/Tokyo"
+
+
+@pytest.mark.parametrize("values", ["gpu", "prod", "profile"])
+def test_what_pods_serve_is_what_prometheus_may_and_can_scrape(values: str) -> None:
+    """One port and one token in pods, PodMonitor and network policy; without monitoring there is neither."""
+    objects = from_file(values)
+    (monitor,) = [each["spec"] for each in objects if each["kind"] == "PodMonitor"]
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    deployment = deployment_of(objects)
+    here = deployment.placement("pretrain")
+    variables = pods.environment(here)
+    assert (variables["K2_METRICS_PORT"], variables["K2_METRICS_HOST"]) == ("9464", "0.0.0.0")
+    assert pods.secret_variables(here)["k2-metrics"] == {"token": "K2_METRICS_TOKEN"}
+    assert endpoint["authorization"]["credentials"] == {"name": "k2-metrics", "key": "token"}
+    assert endpoint["relabelings"][1]["replacement"] == f"$1:{variables['K2_METRICS_PORT']}"
+    policies = {each["metadata"]["name"]: each["spec"] for each in objects if each["kind"] == "NetworkPolicy"}
+    for policy in ("k2-step", "k2-rank"):
+        rule = policies[policy]["ingress"][-1]
+        assert rule["ports"] == [{"protocol": "TCP", "port": pods.METRICS_PORT}]
+        assert rule["from"] == [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    assert "K2_METRICS_PORT" not in pods.environment(deployment_of(rendered()).placement("pretrain"))
+
+
+def test_runs_have_the_account_of_the_values() -> None:
+    assert deployment_of(from_file("profile")).kubeflow.service_account == "default-editor"
+    assert deployment_of(from_file("gpu")).kubeflow.service_account == "pipeline-runner"
 
 
 def test_rdma_is_the_one_exception_and_the_same_in_both() -> None:

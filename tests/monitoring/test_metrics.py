@@ -3,8 +3,10 @@
 import logging
 import re
 import socket
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client import generate_latest
@@ -13,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from k2.errors import UserError
 from k2.monitoring.events import StageProgress
 from k2.monitoring.metrics import REGISTRY, StageMetrics, serve_from_environment
+from k2.store.embedded import free_ports
 
 BASE_UNITS = (
     "seconds",
@@ -109,7 +112,61 @@ def test_serving_on_loopback_and_a_port_that_is_taken(
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
-def test_a_port_that_is_no_number_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("K2_METRICS_PORT", "http")
-    with pytest.raises(UserError, match="K2_METRICS_PORT"):
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"PORT": "http"}, "K2_METRICS_PORT is 'http'"),
+        ({"PORT": "70000"}, "K2_METRICS_PORT is '70000'"),
+        ({"PORT": "1", "HOST": "0.0.0.0"}, "K2_METRICS_HOST is 0.0.0.0, .* set K2_METRICS_TOKEN"),
+        ({"PORT": "1", "HOST": "::"}, "K2_METRICS_HOST is ::"),
+        ({"PORT": "1", "HOST": "somewhere"}, "K2_METRICS_HOST is somewhere"),
+        ({"PORT": "1", "TOKEN": ""}, "is empty"),
+        ({"PORT": "1", "TOKEN_FILE": "/nonexistent/token"}, "/nonexistent/token cannot be read: No such file"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_one_line(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in variables.items():
+        monkeypatch.setenv(f"K2_METRICS_{name}", text)
+    with pytest.raises(UserError, match=message) as refused:
         serve_from_environment()
+    assert "\n" not in str(refused.value)
+
+
+def scrape(port: int, *, token: str | None = None, host: str = "127.0.0.1") -> int:
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(f"http://{host}:{port}/metrics", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize("source", ["TOKEN", "TOKEN_FILE"])
+def test_only_who_sends_the_token_sees_metrics(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    file = tmp_path / "token"
+    file.write_text("s3cret\n")
+    for name, text in {
+        "PORT": str(port),
+        "HOST": "0.0.0.0",
+        source: "s3cret" if source == "TOKEN" else str(file),
+    }.items():
+        monkeypatch.setenv(f"K2_METRICS_{name}", text)
+    serve_from_environment()
+    StageMetrics("rl", "r5").progress(1, 4, 1.0, None, {"reward": 0.5})
+    assert scrape(port, token="s3cret") == 200
+    assert [scrape(port, token=wrong) for wrong in (None, "", "s3cre", "s3cret2")] == [401] * 4
+    file.write_text("renewed")
+    assert scrape(port, token="renewed") == (200 if source == "TOKEN_FILE" else 401)
+
+
+def test_on_loopback_of_either_family_no_token_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for host, address in (("localhost", "127.0.0.1"), ("::1", "[::1]")):
+        (port,) = free_ports(1)
+        monkeypatch.setenv("K2_METRICS_PORT", str(port))
+        monkeypatch.setenv("K2_METRICS_HOST", host)
+        serve_from_environment()
+        assert scrape(port, host=address) == 200

@@ -159,8 +159,10 @@ def _page(state: Kubeflow, table: str, answer: str, query: dict[str, str], **equ
     rows = state.rows(table)
     if "filter" in query:
         (predicate,) = json.loads(query["filter"])["predicates"]
-        assert predicate["operation"] == "EQUALS"
-        equal[predicate["key"]] = predicate["stringValue"]
+        assert predicate["operation"] in ("EQUALS", "IS_SUBSTRING")
+        key, text = predicate["key"], predicate["stringValue"]
+        whole = predicate["operation"] == "EQUALS"
+        rows = [row for row in rows if (row.get(key) == text if whole else text in row[key])]
     if table != "versions":
         if state.multi_user and not query.get("namespace"):
             raise Refused(400, "a namespace is needed in multi-user mode")

@@ -18,7 +18,7 @@ from k2.errors import StageError, UserError
 from k2.platform import runs
 from k2.platform.api import ApiError, PipelinesApi, UnreachableError
 from k2.platform.render import SPEC_TAG, Rendering
-from k2.platform.runs import cancel, submit, watch
+from k2.platform.runs import cancel, submit, submit_next, watch
 from k2.platform.versions import find_version, prune, upload
 from tests.platform import fake_kubeflow as fake
 from tests.platform.conftest import DEPLOYMENTS
@@ -271,6 +271,28 @@ def test_cancel_is_idempotent(api: PipelinesApi, kubeflow: fake.Kubeflow, versio
     assert sum("terminate" in line for line in kubeflow.requests) == 1
     with pytest.raises(UserError, match="run 'nope': there is none on http"):
         cancel(api, "nope")
+
+
+def test_the_next_run_of_a_series(api: PipelinesApi, kubeflow: fake.Kubeflow, version: Any) -> None:
+    submit(api, version, {}, "weekly-by-hand")
+    first = submit_next(api, version, {"preset": "nano"}, "weekly", "forbid")
+    assert first is not None
+    assert submit_next(api, version, {}, "weekly", "forbid") is None
+    assert submit_next(api, version, {}, "week", "forbid") is not None
+    second = submit_next(api, version, {}, "weekly", "allow")
+    third = submit_next(api, version, {}, "weekly", "replace")
+    assert second is not None
+    assert third is not None
+    states = {run["display_name"]: run["state"] for run in kubeflow.rows("runs")}
+    assert [states[each.name] for each in (first, second, third)] == ["CANCELING", "CANCELING", "PENDING"]
+    assert states["weekly-by-hand"] == "PENDING"
+    for each in (first, second, third):
+        kubeflow.finish(each.name, "SUCCEEDED")
+    assert submit_next(api, version, {}, "weekly", "forbid") is not None
+    kubeflow.finish("weekly-by-hand", "SUCCEEDED")
+    done = k2("submit", "--series", "weekly")
+    assert (done.exit_code, done.stdout) == (0, "a run of weekly is going on; nothing was started\n")
+    assert k2("submit", "--series", "weekly", "--name", "x").exit_code == 2
 
 
 # Access.

@@ -61,6 +61,11 @@ spec:
         - {name: KF_PIPELINES_SA_TOKEN_PATH, value: /var/run/secrets/kubeflow/pipelines/token}
         - {name: HOME, value: /tmp}
         - {name: K2_HOME, value: /tmp/k2}
+      {{- if eq (index . 1) "schedule" }}
+      # One apply at a time, by a lease in the object store.
+      envFrom:
+        - secretRef: {name: {{ $.Values.store.secret }}}
+      {{- end }}
       resources:
         requests: {cpu: 100m, memory: 512Mi, ephemeral-storage: 64Mi}
         limits: {memory: 512Mi, ephemeral-storage: 256Mi}

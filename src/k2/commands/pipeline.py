@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from k2.commands.options import echo, json_output, pairs
+from k2.errors import UserError
 
 if TYPE_CHECKING:
     from k2.config.deployment import Deployment
     from k2.platform.api import PipelinesApi
     from k2.platform.render import Rendering
+    from k2.platform.runs import WhenRunning
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -85,6 +87,14 @@ def upload(deployment_file: Path, names: tuple[str, ...], revision: str, as_json
 @click.option("--version", help="Name of the version; the newest by default.")
 @click.option("--param", "parameters", multiple=True, metavar="NAME=VALUE", help="A parameter; repeatable.")
 @click.option("--name", "run_name", help="Name of the run. Under a name, submitting again adopts what is there.")
+@click.option("--series", help="Start the next run of this series instead, as a CronJob does.")
+@click.option(
+    "--when-running",
+    type=click.Choice(["allow", "forbid", "replace"]),
+    default="forbid",
+    show_default=True,
+    help="What to do while a run of the series is going on.",
+)
 @click.option("--watch", "follow", is_flag=True, help="Follow the run to its end, and exit as it does.")
 @json_output
 def submit(
@@ -93,16 +103,25 @@ def submit(
     version: str | None,
     parameters: tuple[str, ...],
     run_name: str | None,
+    series: str | None,
+    when_running: "WhenRunning",
     follow: bool,
     as_json: bool,
 ) -> None:
     """Start a run on Kubeflow Pipelines."""
     from k2.platform.runs import submit as start
+    from k2.platform.runs import submit_next
     from k2.platform.versions import find_version
 
+    if series and run_name:
+        raise UserError("--name and --series: a run of a series gets its own name; give one of the two")
     values = pairs(parameters, "--param")
     api = connect(_deployment(deployment_file))
-    run = start(api, find_version(api, name, version), values, run_name)
+    found = find_version(api, name, version)
+    run = submit_next(api, found, values, series, when_running) if series else start(api, found, values, run_name)
+    if run is None:
+        echo(None, as_json, f"a run of {series} is going on; nothing was started")
+        return
     click.echo(f"{'adopted' if run.adopted else 'started'}: {run.name} {run.run_id}", err=True)
     if follow:
         _follow(api, run.run_id, as_json)

@@ -3,12 +3,19 @@
 Names start with `k2_` and end in a base unit; labels are `stage`, `run`, and `layer` where there is one value a layer.
 """
 
+import hmac
+import ipaddress
 import logging
 import os
-from collections.abc import Mapping
+import socket
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from socketserver import ThreadingMixIn
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
 
 from k2.errors import UserError
 
@@ -135,23 +142,96 @@ class StageMetrics:
             gauge.labels(self._stage, self._run, str(layer)).set(number)
 
 
-def serve_metrics(port: int, host: str = "127.0.0.1") -> None:
-    """Serve the registry over HTTP from a thread. A port that is taken is logged, and the work goes on."""
+Token = Callable[[], str]
+"""Reads the token that a scraper must send; called for each request, as the kubelet replaces mounted Secrets."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """Answers scrapers at the same time, and never keeps the process from ending."""
+
+    daemon_threads = True
+
+
+class _SixServer(_Server):
+    address_family = socket.AF_INET6
+
+
+class _Quiet(WSGIRequestHandler):
+    """Writes no line per request: standard error is for the stage."""
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Say nothing."""
+
+
+def serve_metrics(port: int, host: str = "127.0.0.1", token: Token | None = None) -> None:
+    """Serve the registry over HTTP from a thread, to those who send `token` as a bearer token.
+
+    A port that is taken is logged, and the work goes on.
+    """
+    kind = _SixServer if ":" in host else _Server
     try:
-        start_http_server(port, addr=host, registry=REGISTRY)
+        server = make_server(host, port, _application(token), kind, _Quiet)
     except OSError as error:
         log.warning("metrics are not served on %s:%d: %s", host, port, error.strerror)
+        return
+    threading.Thread(target=server.serve_forever, daemon=True, name="metrics").start()
+
+
+def _application(token: Token | None) -> Callable[..., Iterable[bytes]]:
+    """The registry's exposition; with a token, only for requests that have it."""
+    exposition: Any = make_wsgi_app(REGISTRY)
+
+    def answer(environ: Mapping[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        sent = str(environ.get("HTTP_AUTHORIZATION", "")).encode()
+        if token is not None and not hmac.compare_digest(sent, f"Bearer {token()}".encode()):
+            start_response("401 Unauthorized", [("WWW-Authenticate", "Bearer"), ("Content-Length", "0")])
+            return []
+        served: Iterable[bytes] = exposition(environ, start_response)
+        return served
+
+    return answer
 
 
 def serve_from_environment() -> None:
     """Serve on `K2_METRICS_PORT` when it is set; `K2_METRICS_HOST` is loopback unless it says otherwise.
 
+    The token is in `K2_METRICS_TOKEN`, or in the file that `K2_METRICS_TOKEN_FILE` names.
+
     Raises:
-        UserError: the port is not a number.
+        UserError: the port is not a number, the token is empty, or others could read metrics without one.
     """
-    port = os.environ.get("K2_METRICS_PORT")
+    port, host = os.environ.get("K2_METRICS_PORT"), os.environ.get("K2_METRICS_HOST", "127.0.0.1")
     if not port:
         return
-    if not port.isdigit():
+    if not (port.isdigit() and 0 < int(port) < 65536):
         raise UserError(f"K2_METRICS_PORT is {port!r}; it must be a port number")
-    serve_metrics(int(port), os.environ.get("K2_METRICS_HOST", "127.0.0.1"))
+    token = _token()
+    if token is None and not _is_loopback(host):
+        raise UserError(
+            f"K2_METRICS_HOST is {host}, which others reach: set K2_METRICS_TOKEN or K2_METRICS_TOKEN_FILE from a"
+            " Secret, or leave the host at 127.0.0.1"
+        )
+    serve_metrics(int(port), host, token)
+
+
+def _token() -> Token | None:
+    value, file = os.environ.get("K2_METRICS_TOKEN"), os.environ.get("K2_METRICS_TOKEN_FILE")
+    if value is None and not file:
+        return None
+
+    def token() -> str:
+        return value if value is not None else Path(str(file)).read_text(encoding="ascii").strip()
+
+    try:
+        if token():
+            return token
+    except OSError as error:
+        raise UserError(f"K2_METRICS_TOKEN_FILE: {file} cannot be read: {error.strerror}") from None
+    raise UserError("K2_METRICS_TOKEN, or the file K2_METRICS_TOKEN_FILE, is empty: put a token into the Secret")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,6 +118,11 @@ class PipelinesApi:
         """All runs, or those of one display name, newest first."""
         chosen = {"filter": _equals("display_name", name)} if name else {}
         return self._pages(self._runs.run_service_list_runs, "runs", **chosen, **self._namespace)
+
+    def series(self, name: str) -> Iterator[Any]:
+        """The runs whose display name is `name-` and six hexadecimal digits."""
+        chosen = self._pages(self._runs.run_service_list_runs, "runs", filter=_contains(f"{name}-"), **self._namespace)
+        return (run for run in chosen if re.fullmatch(rf"{re.escape(name)}-[0-9a-f]{{6}}", run.display_name))
 
     def run(self, run_id: str) -> Any | None:
         """One run with the details of its tasks."""
@@ -240,6 +246,10 @@ def _read(token: Path) -> str:
 
 def _equals(key: str, value: str) -> str:
     return json.dumps({"predicates": [{"operation": "EQUALS", "key": key, "stringValue": value}]})
+
+
+def _contains(text: str) -> str:
+    return json.dumps({"predicates": [{"operation": "IS_SUBSTRING", "key": "display_name", "stringValue": text}]})
 
 
 def _reference(version: Any) -> Any:

@@ -11,6 +11,10 @@ CA_FOLDER = "/etc/k2/ca"
 LAUNCH_VARIABLE = "K2_LAUNCH"
 """JSON of the `Placement` of a stage that runs as a job; the task that has it launches and follows that job."""
 
+METRICS_TOKEN = "K2_METRICS_TOKEN"
+"""The variable that makes pods serve metrics: to those who send its value, on `METRICS_PORT`."""
+METRICS_PORT = 9464
+
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
 
@@ -26,6 +30,8 @@ def secret_variables(here: Placement) -> dict[str, dict[str, str]]:
 def environment(here: Placement) -> dict[str, str]:
     """The variables that say where scratch, CA bundle and proxies are, and how accelerators talk to each other."""
     known = {"HOME": SCRATCH, "TMPDIR": SCRATCH, "K2_HOME": f"{SCRATCH}/k2", "HF_HUB_OFFLINE": "1", **here.pool.nccl}
+    if METRICS_TOKEN in here.secrets:
+        known |= {"K2_METRICS_PORT": str(METRICS_PORT), "K2_METRICS_HOST": "0.0.0.0"}
     if here.network.ca_config_map:
         bundle = f"{CA_FOLDER}/{here.network.ca_key}"
         known |= dict.fromkeys(("K2_S3_CA", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"), bundle)

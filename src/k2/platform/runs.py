@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import yaml
 
@@ -32,6 +32,10 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "LIST": (list,),
     "STRUCT": (dict,),
 }
+
+
+WhenRunning = Literal["allow", "forbid", "replace"]
+"""What happens to the next run of a series while one is going on."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,24 @@ def submit(api: PipelinesApi, version: Any, values: Mapping[str, str], name: str
             return Submitted(run.run_id, name, adopted=True)
     created = api.create_run(title, version, parameters)
     return Submitted(created.run_id, title, adopted=False)
+
+
+def submit_next(
+    api: PipelinesApi, version: Any, values: Mapping[str, str], series: str, when_running: WhenRunning
+) -> Submitted | None:
+    """Start the next run of a series, such as a CronJob's; None when one is going on and `when_running` is forbid.
+
+    With replace, runs of the series that are going on are told to stop first.
+
+    Raises:
+        UserError: an unknown or bad parameter.
+    """
+    going_on = [] if when_running == "allow" else [run for run in api.series(series) if run.state not in ENDED]
+    if going_on and when_running == "forbid":
+        return None
+    for run in going_on:
+        cancel(api, run.run_id)
+    return submit(api, version, values, f"{series}-{secrets.token_hex(3)}")
 
 
 def typed(values: Mapping[str, str], version: Any, name: str | None = None) -> dict[str, Any]:
