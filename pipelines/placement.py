@@ -47,7 +47,7 @@ def place(task: PipelineTask, name: str) -> PipelineTask:
     if deployment is None:
         return task
     here, launch = deployment.placement(name), {}
-    if here.pool.launch == "job":
+    if here.pool.launch != "pod":
         launch = {LAUNCH_VARIABLE: here.model_dump_json(exclude_defaults=True)}
         here = _launcher(deployment, here)
     container = task.container_spec

@@ -100,13 +100,3 @@ assert not {"torch", "tokenizers", "numpy", "k2.stages.tokenize"} & set(sys.modu
 """
     uris = json.dumps({name: artifact.uri for name, artifact in inputs.items()})
     subprocess.run([sys.executable, "-c", code, uris], check=True)
-
-
-def test_a_pod_that_should_launch_a_job_finds_done_work_and_refuses_the_rest(
-    store: Store, inputs: dict[str, Artifact], progress: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done = execute("tokenize", CONFIG, inputs, store, progress)
-    monkeypatch.setenv("K2_LAUNCH", "{}")
-    assert execute("tokenize", CONFIG, inputs, store, progress).artifact.uri == done.artifact.uri
-    with pytest.raises(UserError, match="tokenize: its pool has `launch: job`, and launching jobs is not supported"):
-        execute("tokenize", TokenizeConfig(vocab_size=600), inputs, store, progress)

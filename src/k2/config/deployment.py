@@ -15,6 +15,9 @@ from k2.config.quantity import amount
 RESUMABLE = frozenset({"ingest", "rephrase", "pretrain", "synthesize", "sft", "rl", "quantize", "evaluate"})
 """Stages that publish their state as they go and continue from it; only these may run where nodes are taken away."""
 
+DISTRIBUTED = frozenset({"pretrain"})
+"""Stages that several processes can do together; a job runs every other one as a single process on a single node."""
+
 STAGE_NAMES = tuple(name for name in K2Config.model_fields if name not in ("preset", "run"))
 
 _NAME = r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
@@ -75,13 +78,25 @@ class Scratch(Section):
         return self
 
 
+class Runtime(Section):
+    """The training runtime that a TrainJob refers to."""
+
+    kind: Literal["ClusterTrainingRuntime", "TrainingRuntime"] = setting(
+        "ClusterTrainingRuntime", "for all namespaces, or of this one"
+    )
+    name: Name = setting("k2-torch-gpu", "its name; the platform brings k2-torch-gpu and k2-torch-cpu")
+
+
 class Pool(Section):
     """One kind of node, and the size of the pods that run there."""
 
     image: str = setting("cpu", "which of `images` its pods run")
-    launch: Literal["pod", "job"] = setting(
-        "pod", "pod: the Kubeflow pod does the work; job: it starts a job of `nodes` pods and follows it"
+    launch: Literal["pod", "job", "trainjob"] = setting(
+        "pod",
+        "pod: the Kubeflow pod does the work; job: it starts a Kubernetes Job of `nodes` pods and follows it;"
+        " trainjob: the same with a TrainJob of Kubeflow Trainer 2",
     )
+    runtime: Runtime = setting(Runtime(), "training runtime, with launch: trainjob")
     cpu: Quantity = setting("2", "CPU of one pod, request and limit, such as 500m or 16", pattern=r"^\d+(\.\d+)?m?$")
     memory: Quantity = setting("4Gi", "memory of one pod's processes, request and limit; shm is added to it")
     nodes: int = setting(1, "pods of one job", ge=1, le=4096)
@@ -284,15 +299,25 @@ class Deployment(Section):
                     f"stages.{stage}: {self.pool_of(stage)} is a spot pool and {stage} starts over when its node goes;"
                     f" only {', '.join(sorted(RESUMABLE))} may run there"
                 )
+            if pool and pool.nodes > 1 and stage not in DISTRIBUTED:
+                yield (
+                    f"stages.{stage}: {self.pool_of(stage)} has nodes: {pool.nodes}, and {stage} runs on one; only"
+                    f" {', '.join(sorted(DISTRIBUTED))} uses several"
+                )
         launcher = self.pools.get(self.default_pool)
-        if launcher and launcher.launch == "job":
-            yield "default_pool: launchers run there, so it cannot have launch: job itself; name a small pool of pods"
+        if launcher and launcher.launch != "pod":
+            yield (
+                f"default_pool: launchers run there, so it cannot have launch: {launcher.launch} itself; name a small"
+                " pool of pods"
+            )
 
     def _unusable_pools(self) -> Iterator[str]:
         for name, pool in self.pools.items():
             if pool.launch == "pod" and pool.job_only():
                 fields = ", ".join(pool.job_only())
                 yield f"pools.{name}: a Kubeflow pod cannot have {fields}; set pools.{name}.launch: job"
+            if pool.launch == "trainjob" and pool.runtime_class:
+                yield f"pools.{name}.runtime_class: a TrainJob's pods have their runtime's; set it there, or launch: job"
             if pool.queue in self.queues:
                 yield from _beyond_quota(name, pool, self.queues[pool.queue])
 

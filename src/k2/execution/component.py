@@ -7,13 +7,14 @@ import sys
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from k2.config.base import Section
 from k2.config.load import load_config, parse_document, validate
 from k2.config.report import ReportConfig
 from k2.errors import StageError, UserError
 from k2.execution.runner import Outcome, execute
+from k2.masking import install, masked
 from k2.monitoring.events import progress_for
 from k2.monitoring.run_record import write_stage_record
 from k2.processes import end_with_run
@@ -64,17 +65,18 @@ def recorded(stage: str, config: Section, manifests: Mapping[str, str], run: str
     `label` names it there, in a run that has the same stage several times.
     """
     end_with_run()
+    install()
     name, store = label or stage, Store.from_environment()
     progress = progress_for(name)
     progress.event("stage_started")
     write_stage_record(store, run, {"stage": name, "status": "running"})
     try:
         inputs = {name: Artifact(store, Manifest.model_validate_json(text)) for name, text in manifests.items()}
-        outcome = execute(stage, config, inputs, store, progress)
+        outcome = execute(stage, config, inputs, store, progress, run)
     except BaseException as error:
         write_stage_record(store, run, {"stage": name, "status": "failed", "error": describe(error)})
         progress.event("stage_finished", status="failed", error=describe(error)["message"])
-        _leave(error)
+        leave(error)
     record = {
         "stage": name,
         "status": "done",
@@ -93,7 +95,7 @@ def describe(error: BaseException) -> dict[str, Any]:
     message = str(error) if expected(error) else f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         message = f"no space left on disk{f' for {error.filename}' if error.filename else ''}; free some and run again"
-    return {"message": message, "type": type(error).__name__, "exit_code": 2 if isinstance(error, UserError) else 1}
+    return {"message": masked(message), "type": type(error).__name__, "exit_code": 2 if isinstance(error, UserError) else 1}
 
 
 def expected(error: BaseException) -> bool:
@@ -101,12 +103,12 @@ def expected(error: BaseException) -> bool:
     return isinstance(error, (UserError, StageError)) or (isinstance(error, OSError) and error.errno == errno.ENOSPC)
 
 
-def _leave(error: BaseException) -> None:
+def leave(error: BaseException) -> NoReturn:
     """End the process: one line for expected errors, a traceback for a defect."""
     if expected(error):
         print(f"error: {describe(error)['message']}", file=sys.stderr)
     else:
-        traceback.print_exception(error)
+        sys.stderr.write(masked("".join(traceback.format_exception(error))))
     sys.stderr.flush()
     raise SystemExit(describe(error)["exit_code"])
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from k2.config.base import Section
-from k2.errors import StageError, UserError
+from k2.errors import StageError
 from k2.execution.contract import Progress, StageResult
 from k2.execution.digest import artifact_key, code_digest
-from k2.execution.registry import STAGES, StageSpec, stage_spec
+from k2.execution.registry import StageSpec, stage_spec
+from k2.platform.pods import LAUNCH_VARIABLE
 from k2.store.artifacts import Artifact, ArtifactWriter, find
 from k2.store.client import Store
 from k2.store.lease import Holder, Lease
@@ -38,8 +39,11 @@ def execute(
     inputs: Mapping[str, Artifact],
     store: Store,
     progress: Progress,
+    run: str = "",
 ) -> Outcome:
     """Return the stage's artifact, making it only when it is not there yet or no longer intact.
+
+    A task of a pool that launches jobs (`K2_LAUNCH` is set) has a job of run `run` make it.
 
     Raises:
         UserError: bad input; the message says what to change.
@@ -48,12 +52,14 @@ def execute(
     started = time.monotonic()
     spec = stage_spec(stage)
     _require_inputs(spec, inputs)
-    key = artifact_key(spec, config, inputs, _external(spec, config, store))
+    key = key_of(stage, config, inputs, store)
     if not spec.always:
         done = _intact(store, stage, key)
         if done is not None:
             return Outcome(done, done.statistics, True, time.monotonic() - started)
-    _refuse_launch(stage)
+        if os.environ.get(LAUNCH_VARIABLE):
+            artifact = _launched(stage, config, inputs, store, progress, run, key)
+            return Outcome(artifact, artifact.statistics, False, time.monotonic() - started)
 
     def published(holder: Holder) -> bool:
         progress.event("waiting", holder=f"{holder.host}:{holder.pid}")
@@ -69,19 +75,32 @@ def execute(
     return Outcome(result.artifact, result.metrics, cached, time.monotonic() - started)
 
 
-def _refuse_launch(stage: str) -> None:
-    """A pool that launches jobs sets K2_LAUNCH in a small pod, which must not do the stage's work itself."""
-    if os.environ.get("K2_LAUNCH"):
-        raise UserError(
-            f"{stage}: its pool has `launch: job`, and launching jobs is not supported yet; set `launch: pod` in the"
-            " deployment file, compile and upload again"
-        )
+def _launched(
+    stage: str,
+    config: Section,
+    inputs: Mapping[str, Artifact],
+    store: Store,
+    progress: Progress,
+    run: str,
+    key: str,
+) -> Artifact:
+    from k2.launch.launcher import launch
+    from k2.launch.work import Work
+
+    uris = {name: artifact.uri for name, artifact in sorted(inputs.items())}
+    work = Work(run=run, stage=stage, config=config.model_dump(mode="json"), inputs=uris, key=key)
+    return launch(work, os.environ[LAUNCH_VARIABLE], store, progress)
 
 
 def lookup(stage: str, config: Section, inputs: Mapping[str, Artifact], store: Store) -> Artifact | None:
     """The stage's artifact if it was made already, without running anything."""
-    spec = STAGES[stage]
-    return find(store, stage, artifact_key(spec, config, inputs, _external(spec, config, store)))
+    return find(store, stage, key_of(stage, config, inputs, store))
+
+
+def key_of(stage: str, config: Section, inputs: Mapping[str, Artifact], store: Store) -> str:
+    """The key of what a stage makes; of a stage that always runs, a new one each time."""
+    spec = stage_spec(stage)
+    return artifact_key(spec, config, inputs, _external(spec, config, store))
 
 
 def _require_inputs(spec: StageSpec, inputs: Mapping[str, Artifact]) -> None:
