@@ -21,6 +21,7 @@ from k2.commands import (
     stages,
 )
 from k2.errors import StageError, UserError
+from k2.masking import install, masked
 
 
 class Commands(click.Group):
@@ -28,13 +29,14 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Exit with 2 for a user error, 1 for a failure, 130 when interrupted."""
+        install()
         try:
             return super().invoke(ctx)
         except UserError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {masked(str(error))}", err=True)
             sys.exit(2)
         except StageError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {masked(str(error))}", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted; run again to continue", err=True)

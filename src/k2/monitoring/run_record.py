@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from k2.execution.registry import STAGES
+from k2.masking import masked
+from k2.processes import rank
 from k2.store.client import Store
 
 StageRecord = Mapping[str, Any]
@@ -23,13 +25,17 @@ SUMMARY_FIELDS = ("status", "wall_s", "cached", "artifact", "metrics")
 def write_stage_record(store: Store, run: str, record: StageRecord) -> None:
     """Store what a stage of a run is now, in place of what it was.
 
-    `record` names `stage` and `status`; without a `wall_s` it is the time since the stage was recorded as running.
+    `record` names `stage` and `status`; without a `wall_s` it is the time since the stage was recorded as running. Of
+    several ranks only the first one's word counts.
     """
+    if rank() > 0:
+        return
     name, now = f"runs/{run}/stages/{record['stage']}.json", round(time.time(), 3)
     before = None if record["status"] == "running" else store.get(name)
     started = json.loads(before)["started"] if before else now - record.get("wall_s", 0.0)
     known = {"wall_s": round(now - started, 3), "cached": False, "artifact": None, "metrics": {}, "error": None}
-    store.put(name, json.dumps({**known, **record, "started": started, "updated": now}, sort_keys=True).encode())
+    body = json.dumps({**known, **record, "started": started, "updated": now}, sort_keys=True)
+    store.put(name, masked(body).encode())
 
 
 def read_run(store: Store, run: str) -> list[dict[str, Any]]:
