@@ -95,7 +95,8 @@ def describe(error: BaseException) -> dict[str, Any]:
     message = str(error) if expected(error) else f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         message = f"no space left on disk{f' for {error.filename}' if error.filename else ''}; free some and run again"
-    return {"message": masked(message), "type": type(error).__name__, "exit_code": 2 if isinstance(error, UserError) else 1}
+    code = 2 if isinstance(error, UserError) else 1
+    return {"message": masked(message), "type": type(error).__name__, "exit_code": code}
 
 
 def expected(error: BaseException) -> bool:
