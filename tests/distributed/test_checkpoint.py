@@ -1,5 +1,6 @@
 """Checkpoints of one process through the store: exact, verified, atomic, and nothing goes that somebody reads."""
 
+import json
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -8,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from k2.data.loader import TokenLoader
 from k2.distributed import checkpoint
 from k2.distributed.checkpoint import ShardedCheckpoints
 from k2.distributed.objects import Objects
@@ -17,26 +17,22 @@ from k2.errors import StageError, UserError
 from k2.store.client import Store, StoreError
 from k2.store.lease import Lease
 from k2.store.work import WorkArea
-from k2.training.batches import NextTokenLoss
-from k2.training.loop import train
-from k2.training.pretraining import PackedSource, build
 from k2.training.state import TrainState
-from tests.training.small import CONFIG, NoProgress, corpus, digest
+from tests.distributed.saving import Rows, started
+from tests.distributed.saving import steps as make_steps
+from tests.training.small import digest
 
 KEY = "stage"
 
 
-def fresh(seed: int = 0) -> tuple[TrainState, PackedSource]:
-    state = build(CONFIG.model_copy(update={"seed": seed}))
-    loader = TokenLoader(*corpus(), CONFIG.batch_tokens // CONFIG.context_length, CONFIG.context_length, CONFIG.seed)
-    return state, PackedSource(loader, CONFIG)
+def fresh(seed: int = 0) -> tuple[TrainState, Rows]:
+    state, source, _ = started(None)
+    state.model.initialize(seed)
+    return state, source
 
 
-def steps(state: TrainState, source: PackedSource, until: int, checkpoints: Any = None) -> None:
-    train(
-        state, source, NextTokenLoss(0.01), lambda tokens: 0.01,
-        until=until, checkpoints=checkpoints, progress=NoProgress(),
-    )  # fmt: skip
+def steps(state: TrainState, source: Rows, until: int, checkpoints: Any = None) -> None:
+    make_steps(state, source, None, until, checkpoints)
 
 
 @pytest.fixture
@@ -104,8 +100,9 @@ def test_what_training_does_after_the_snapshot_is_not_saved(work: WorkArea, monk
     assert digest(other) == expected
 
 
+@pytest.mark.parametrize("manifest", [False, True])
 def test_a_corrupt_checkpoint_is_passed_over(
-    work: WorkArea, small_objects: None, caplog: pytest.LogCaptureFixture
+    work: WorkArea, small_objects: None, caplog: pytest.LogCaptureFixture, manifest: bool
 ) -> None:
     state, source = fresh()
     checkpoints = ShardedCheckpoints(work, 1)
@@ -113,7 +110,11 @@ def test_a_corrupt_checkpoint_is_passed_over(
     checkpoints.wait()
     objects, names = Objects(work.store, work.base), references(work)
     old, new = names["checkpoint-000000001"], names["checkpoint-000000002"]
-    corrupt(objects, {max(new - old)})
+    if manifest:
+        found = json.loads(work.store.get(f"{work.base}/index.json") or b"")["checkpoint-000000002"]
+        work.store.put(found["object"], b"torn")
+    else:
+        corrupt(objects, {max(new - old)})
     other, source = fresh(1)
     with caplog.at_level(logging.WARNING):
         assert ShardedCheckpoints(work, 1).restore(other, source)
@@ -193,6 +194,7 @@ def test_nothing_goes_that_somebody_reads(store: Store, work: WorkArea, small_ob
     assert objects.being_read() == set()
     steps(state, source, 6, checkpoints)
     checkpoints.wait()
+    checkpoints._background.submit(int).result()  # old objects are deleted after the commit
     assert set(objects.digests()) == set().union(*references(work).values())
 
 

@@ -1,8 +1,8 @@
 """Sharded, asynchronous checkpoints: every rank writes what it owns, and any other layout can read it.
 
 Training stops for one copy of the rank's own weights and optimizer state into memory that is kept (pinned on a GPU); a
-thread hashes and uploads it. A rank that has uploaded leaves the index of its objects; when all have, rank 0 writes the
-merged index, and one manifest in the work area makes the checkpoint visible. Whoever is killed before that changed
+thread hashes and uploads it. A rank that has uploaded leaves the index of its objects; when all have, rank 0 writes one
+manifest with all of them into the work area, which makes the checkpoint visible. Whoever is killed before that changed
 nothing. `torch.distributed.checkpoint` is not used: its collectives would run in that thread, its metadata is a pickle,
 and what it could do here, intersecting ranges of rows, is `Index.parts`.
 """
@@ -24,7 +24,7 @@ from k2.distributed.index import Index, Part
 from k2.distributed.objects import Objects
 from k2.distributed.pieces import Bucket, buckets
 from k2.distributed.reshard import read
-from k2.distributed.retention import Retention, listed, load_index, name_of
+from k2.distributed.retention import Retention, listed, name_of
 from k2.distributed.state import LiveState, Owner, refuse_other_model
 from k2.errors import StageError
 from k2.store.client import Store, StoreError
@@ -53,9 +53,10 @@ class ShardedCheckpoints:
 
     def __init__(self, work: WorkArea | None, interval: int, owner: Owner | None = None, keep: int = 2) -> None:
         self._work, self._interval, self._owner = work, interval, owner
+        self._retention = Retention(work, Objects(work.store, work.base), keep) if work else None
+        # From here on objects may be written: the retention has deleted what is left of others.
         base, self._attempt = peers.from_first((work.base if work else "", uuid.uuid4().hex[:8]))
         self._objects = Objects(work.store if work else Store.from_environment(), base)
-        self._retention = Retention(work, self._objects, keep) if work else None
         self._uploads = ThreadPoolExecutor(CONNECTIONS, "checkpoint-upload")
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -104,9 +105,6 @@ class ShardedCheckpoints:
             if name == names[0]:
                 raise StageError(problem)
             _log.warning("%s cannot be read, taking the one before: %s", name, problem)
-        if self._retention:
-            self._retention.sweep()
-        peers.from_first(None)  # nobody saves before the sweep is over
         return bool(names)
 
     def _read(self, name: str, state: TrainState, source: Source[Any]) -> str | None:
@@ -123,7 +121,7 @@ class ShardedCheckpoints:
         refuse_other_model(manifest["model"], state)
         live = LiveState(state, self._owner, peers.rank() % manifest["ranks"])
         try:
-            read(self._objects, load_index(self._objects, manifest), live.pieces, CONNECTIONS)
+            read(self._objects, Index.merged([manifest["index"]]), live.pieces, CONNECTIONS)
         except StageError as error:
             problem = str(error)
         problem = peers.first_problem(problem)
@@ -170,8 +168,8 @@ class ShardedCheckpoints:
             self._report(name, index.document())
             return
         merged = Index.merged([index.document(), *self._others(name)])
-        digest = self._objects.put(json.dumps(merged.document(), separators=(",", ":")).encode())
-        self._retention.commit(name, json.loads(manifest) | {"index": digest}, merged)
+        self._retention.commit(name, json.loads(manifest), merged)
+        self._background.submit(self._retention.clean)
 
     def _send(self, packed: list[Bucket]) -> Index:
         views = [buffer.numpy().data for buffer in self._buffers]
