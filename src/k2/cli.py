@@ -18,6 +18,7 @@ from k2.commands import (
     plan,
     run,
     schedule,
+    serve,
     stages,
 )
 from k2.errors import StageError, UserError
@@ -55,13 +56,14 @@ def main() -> None:
     k2 config show tiny           every field, explained
     k2 pretrain                   one stage alone, on what was made before
     k2 chat                       talk to the champion
+    k2 serve                      the champion behind OpenAI's and Anthropic's APIs
     k2 plan k2-1t --cluster h800-2048   memory, days and money before any is spent
 
     Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted.
     """
 
 
-for group in (run, stages, config, pipeline, schedule, inspect, optim, model, plan, interop, gc, doctor, images):
+for group in (run, stages, config, pipeline, schedule, inspect, optim, model, serve, plan, interop, gc, doctor, images):
     for command in group.COMMANDS:
         main.add_command(command)
 

@@ -46,7 +46,8 @@ def test_an_abandoned_prompt_gives_its_rows_to_others(engine: Engine) -> None:
     session = Session(engine, 2, 60)
     long = session.submit(0, PROMPTS[0], 3, SamplingConfig(50))
     session.advance()
-    session.abandon(0)
+    for sample in range(3):
+        session.abandon(0, sample)
     kept = session.submit(1, PROMPTS[1], 1, CONFIGS[1])
     ended = finish(session)
     assert tokens(kept) == tokens(engine.generate([PROMPTS[1]], 1, CONFIGS[1])[0])

@@ -12,7 +12,8 @@ from k2.model import hf
 from k2.model.generate import Engine
 from k2.model.sampling import SamplingConfig
 from k2.model.transformer import Transformer
-from k2.serving.chat import ChatSettings, Conversation, _Answer, chat, load_export, load_tokenizer
+from k2.serving.answer import AnswerText
+from k2.serving.chat import ChatSettings, Conversation, chat, load_export, load_tokenizer
 from k2.serving.chat_template import IM_END, encode_chat
 
 CONTEXT = 128
@@ -69,19 +70,6 @@ def test_the_streamed_answer_is_the_engines_answer(folder: Path) -> None:
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]
 
 
-def test_a_character_of_several_tokens_is_shown_once_it_is_whole(folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    pieces: list[str] = []
-    answer = _Answer(tokenizer, pieces.append)
-    ids = tokenizer.encode("日本語")
-    assert len(ids) > len("日本語")
-    for token in ids:
-        answer.add(token)
-    answer.add(tokenizer.special[IM_END])
-    assert answer.finish() == "日本語" == "".join(pieces)
-    assert not any("\ufffd" in piece for piece in pieces)
-
-
 def test_the_same_input_gives_the_same_output_and_turns_remember(folder: Path) -> None:
     once, twice = (run(folder, "hello\nand you?\n", max_tokens=12, temperature=1.0, seed=3) for _ in range(2))
     assert once == twice
@@ -112,14 +100,14 @@ def test_a_full_context_loses_its_oldest_turns_and_a_message_that_is_too_long_is
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add = _Answer.add
+    add = AnswerText.add
 
-    def interrupt(self: _Answer, token: int) -> None:
-        add(self, token)
-        if len(self._ids) == 3:
+    def interrupt(self: AnswerText, token: int) -> str:
+        if len(self.text) > 3:
             raise KeyboardInterrupt
+        return add(self, token)
 
-    monkeypatch.setattr(_Answer, "add", interrupt)
+    monkeypatch.setattr(AnswerText, "add", interrupt)
     out = run(folder, "hello\nworld\n", max_tokens=30)
     assert out.count("(stopped)") == 2
 

@@ -1,4 +1,4 @@
-"""Using what was trained: `k2 chat`; measuring: `k2 bench`; and what a model is and costs: `k2 model info`."""
+"""Measuring: `k2 bench`; and what a model is and costs: `k2 model info`."""
 
 import runpy
 import sys
@@ -12,38 +12,6 @@ from k2.errors import UserError
 
 if TYPE_CHECKING:
     from k2.config.model import ModelConfig
-
-
-@click.command()
-@click.argument("model", default="champion")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["int4", "bf16"]),
-    default="int4",
-    show_default=True,
-    help="Which of the exported models.",
-)
-@click.option("--system", help="What the conversation starts with; nothing by default.")
-@click.option("--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
-@click.option("--temperature", type=click.FloatRange(0), default=0.6, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same answers.")
-def chat(model: str, form: str, system: str | None, max_tokens: int, temperature: float, seed: int) -> None:
-    """Talk to MODEL: an alias, the s3:// URI of an export, or a folder."""
-    from k2.commands.inspect import resolve
-    from k2.execution.local import object_store
-    from k2.serving.chat import ChatSettings
-    from k2.serving.chat import chat as converse
-    from k2.store.artifacts import open_uri
-    from k2.store.lease import reading
-
-    settings = ChatSettings(system, max_tokens, temperature, seed=seed)
-    if Path(model).is_dir():
-        folder = Path(model)
-    else:
-        with object_store() as store, reading(store, uri := resolve(store, model)):
-            folder = open_uri(store, uri).directory() / form
-    converse(folder, settings=settings)
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -108,4 +76,4 @@ def _info_text(made: dict[str, Any]) -> str:
     return "\n".join(lines + [f"  {form:<16}{size / 1e9:>22.1f} GB" for form, size in made["weight_bytes"].items()])
 
 
-COMMANDS = (chat, bench, model)
+COMMANDS = (bench, model)

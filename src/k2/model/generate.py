@@ -53,6 +53,11 @@ class _Row:
     token: int
     slot: int
 
+    @property
+    def name(self) -> tuple[int, int]:
+        """Numbers of the prompt and of the sample."""
+        return self.prompt, self.number
+
     def add(self, token: int, logprob: float, policy_logprob: float) -> bool:
         """Append a token; whether the sample is finished."""
         sample = self.sample
@@ -135,7 +140,7 @@ class Session:
         self.waiting: deque[_Row] = deque()
         self.rows: list[_Row] = []
         self._done: list[int] = []
-        self._abandoned: set[int] = set()
+        self._abandoned: set[tuple[int, int]] = set()
 
     @property
     def busy(self) -> bool:
@@ -151,10 +156,11 @@ class Session:
             self.waiting.append(_Row(number, s, prompt, config, stops, key, sample, prompt[-1], len(prompt) - 1))
         return samples
 
-    def abandon(self, number: int) -> None:
-        """Give up the samples of a prompt; rows they hold end with their next token."""
-        self.waiting = deque(row for row in self.waiting if row.prompt != number)
-        self._abandoned |= {number} & {row.prompt for row in self.rows}
+    def abandon(self, number: int, sample: int) -> None:
+        """Give up one sample of a prompt; the row it holds ends with its next token."""
+        given_up = (number, sample)
+        self.waiting = deque(row for row in self.waiting if row.name != given_up)
+        self._abandoned |= {given_up} & {row.name for row in self.rows}
 
     @torch.inference_mode()
     def advance(self) -> list[tuple[int, int]]:
@@ -163,8 +169,8 @@ class Session:
             self._replace(self._done)
         self._done = self._step() if self.rows else []
         if self._abandoned:
-            self._abandoned &= {row.prompt for i, row in enumerate(self.rows) if i not in self._done}
-        return [(self.rows[i].prompt, self.rows[i].number) for i in self._done]
+            self._abandoned -= {self.rows[i].name for i in self._done}
+        return [self.rows[i].name for i in self._done]
 
     def _step(self) -> list[int]:
         """One more token for every row; the rows whose samples ended."""
@@ -181,7 +187,7 @@ class Session:
         ended = row.add(token, logprob, policy_logprob)
         if self.on_token is not None:
             self.on_token(row.prompt, row.number, token)
-        return ended or row.prompt in self._abandoned
+        return ended or row.name in self._abandoned
 
     def _replace(self, done: list[int]) -> None:
         """Give the rows of finished samples, and rows never used, to waiting samples; close the gaps that remain."""

@@ -14,7 +14,8 @@ from k2.model.generate import Engine
 from k2.model.sampling import SamplingConfig
 from k2.model.transformer import Transformer
 from k2.quant.checkpoint import load_int4
-from k2.serving.chat_template import IM_END, encode_chat
+from k2.serving.answer import AnswerText, end_ids
+from k2.serving.chat_template import encode_chat
 from k2.serving.tool_calls import parse_assistant
 
 Loader = Callable[[Path], Transformer]
@@ -72,18 +73,19 @@ class Conversation:
         except UserError:
             self.messages = before
             raise
-        answer = _Answer(self.tokenizer, show)
+        answer = AnswerText(self.tokenizer)
         sampling = SamplingConfig(
             max_tokens=room,
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
             seed=self.settings.seed + self.turn,
-            stop_ids=(self.tokenizer.special[IM_END], self.tokenizer.special["[EOS]"]),
+            stop_ids=end_ids(self.tokenizer),
         )
         try:
-            self.engine.generate([prompt], 1, sampling, on_token=lambda prompt, sample, token: answer.add(token))
+            self.engine.generate([prompt], 1, sampling, on_token=lambda prompt, sample, token: show(answer.add(token)))
         finally:
-            content, calls = parse_assistant(answer.finish())
+            show(answer.finish())
+            content, calls = parse_assistant(answer.text)
             called = {"tool_calls": [call for call in calls if "error" not in call]} if calls else {}
             self.messages.append({"role": "assistant", "content": content, **called})
             self.turn += 1
@@ -107,33 +109,6 @@ class Conversation:
                     f"the message has {len(chat.ids)} tokens with its frame; {context - room} fit before an answer"
                 )
             del self.messages[: 2 if len(self.messages) > 2 else 1]
-
-
-class _Answer:
-    """Tokens to text as they come, holding back characters that are not complete yet."""
-
-    def __init__(self, tokenizer: Tokenizer, show: Callable[[str], None]) -> None:
-        self._tokenizer, self._show = tokenizer, show
-        self._stops = {tokenizer.special[IM_END], tokenizer.special["[EOS]"]}
-        self._ids: list[int] = []
-        self._shown = ""
-
-    def add(self, token: int) -> None:
-        if token in self._stops:
-            return
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if not text.endswith("\ufffd"):
-            self._extend(text)
-
-    def finish(self) -> str:
-        """The whole text, of which what was held back is shown now."""
-        self._extend(self._tokenizer.decode(self._ids))
-        return self._shown
-
-    def _extend(self, text: str) -> None:
-        self._show(text[len(self._shown) :])
-        self._shown = text
 
 
 def chat(
