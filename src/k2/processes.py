@@ -1,4 +1,4 @@
-"""Processes of a local run end with the run, even when it is killed by -9."""
+"""Processes of a local run end with the run, even when it is killed by -9; and which of several ranks this one is."""
 
 import ctypes
 import os
@@ -10,6 +10,16 @@ import time
 ROOT_VARIABLE = "K2_DIE_WITH"
 """Process id of a local `k2 run`, set for its processes; unset in a cluster, where the kubelet owns the process."""
 PR_SET_PDEATHSIG = 1
+
+
+def rank() -> int:
+    """This process's number among those that torchrun started for one stage; the first one leads and publishes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes torchrun started for one stage; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def end_with_parent() -> None:

@@ -16,7 +16,7 @@ from k2.config.optimizer import OptimizerConfig
 from k2.config.pretrain import PretrainConfig
 from k2.data.loader import TokenLoader
 from k2.training.checkpoint import Checkpoints
-from k2.training.pretraining import pretrain
+from k2.training.pretraining import build, pretrain
 from k2.training.state import TrainState
 
 MODEL = ModelConfig(
@@ -100,9 +100,10 @@ def run(work: Any, config: PretrainConfig = CONFIG, progress: NoProgress | None 
     loader = TokenLoader(
         tokens, offsets, config.batch_tokens // config.context_length, config.context_length, config.seed
     )
-    return pretrain(
-        config, loader, tokens[:400], Checkpoints(work, config.checkpoint_interval), progress or NoProgress()
-    )
+    state, plan = build(config)
+    checkpoints = Checkpoints(work, config.checkpoint_interval)
+    pretrain(config, state, plan, loader, tokens[:400], checkpoints, progress or NoProgress())
+    return state
 
 
 def digest(state: TrainState) -> str:

@@ -196,8 +196,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         run = state(config, tau=0.05)
         run.model.compute_dtype = torch.bfloat16
         reports = [
-            train_step(run, micro_batches(tokens, tokens, 8), NextTokenLoss(1e-4), lambda tokens: LR)
-            for _ in range(2)
+            train_step(run, micro_batches(tokens, tokens, 8), NextTokenLoss(1e-4), lambda tokens: LR) for _ in range(2)
         ]
         found.append((reports, weights(run)))
     torch.set_num_threads(1)

@@ -7,6 +7,7 @@ import click
 from k2.commands.options import configuration, echo, json_output, load, pairs
 from k2.errors import UserError
 from k2.execution.registry import STAGES, StageSpec
+from k2.processes import rank
 
 
 def _run_stage(
@@ -49,7 +50,8 @@ def _command(spec: StageSpec) -> click.Command:
         preset: str, file: Path | None, overrides: tuple[str, ...], inputs: tuple[str, ...], as_json: bool
     ) -> None:
         result = _run_stage(spec.name, preset, file, overrides, pairs(inputs, "--input"))
-        echo(result, as_json, f"{'cached' if result['cached'] else 'done'}: {result['artifact']}")
+        if rank() == 0:
+            echo(result, as_json, f"{'cached' if result['cached'] else 'done'}: {result['artifact']}")
 
     return command
 

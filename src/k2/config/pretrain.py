@@ -7,6 +7,7 @@ from pydantic import model_validator
 from k2.config.base import StageSection, setting
 from k2.config.model import ModelConfig, RopeScaling
 from k2.config.optimizer import OptimizerConfig
+from k2.config.parallel import ParallelConfig
 
 
 class PretrainConfig(StageSection):
@@ -36,6 +37,7 @@ class PretrainConfig(StageSection):
     heldout_tokens: int = setting(4_194_304, "held-out tokens that the loss is measured on", ge=8)
     curve_points: int = setting(400, "points of the report's curves at most", ge=1)
     checkpoint_interval: int = setting(100, "steps between checkpoints", semantic=False, ge=1)
+    parallel: ParallelConfig = setting(ParallelConfig(), "how ranks under torchrun divide the work", semantic=False)
     threads: int | None = setting(None, "CPU threads; null leaves torch's choice", semantic=False, ge=1)
 
     @property

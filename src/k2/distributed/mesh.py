@@ -5,7 +5,6 @@ the routed experts by `ep` and hold the same everything else. Ranks that exchang
 share a node where it fits; the stages of one replica read the same data.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from k2.config.model import ModelConfig
+from k2.distributed.meeting import meeting_point
 from k2.errors import UserError
 from k2.planner.layout import Layout, divisors
+from k2.processes import rank, world_size
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,6 @@ class Mesh:
         return self.stage.rank()
 
 
-def world_size() -> int:
-    """Processes of this run; torchrun's environment says it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def join(
     layout: Layout,
     model: ModelConfig,
@@ -70,25 +66,25 @@ def join(
         UserError: on every rank alike, when the layout does not divide or the ranks do not agree.
     """
     if not dist.is_initialized():
-        dist.init_process_group(backend)
-    rank, size = dist.get_rank(), dist.get_world_size()
+        dist.init_process_group(backend, store=meeting_point(), rank=rank(), world_size=world_size())
+    size = dist.get_world_size()
     # Exchanged before anybody refuses: a rank that left alone would keep the others waiting.
     mine = (problem_of(layout, model, batch_tokens, context, size), dict(_flat(identity)))
     found = [mine] * size
     dist.all_gather_object(found, mine)
     if refused := _refusal(found):
         raise UserError(refused)
-    return _mesh(layout, rank, size, "cuda" if "nccl" in backend else "cpu")
+    return _mesh(layout, "cuda" if "nccl" in backend else "cpu")
 
 
-def _mesh(layout: Layout, rank: int, size: int, device: str) -> Mesh:
+def _mesh(layout: Layout, device: str) -> Mesh:
     names = ("pp", "dp", "ep")
     mesh = init_device_mesh(device, (layout.pp, layout.dp, layout.ep), mesh_dim_names=names)
     everyone = dist.group.WORLD
     assert everyone is not None  # torch's type only: the process group was made above
     stage = mesh["dp", "ep"]._flatten("stage")
     groups = mesh.get_group("pp"), stage.get_group(), mesh.get_group("ep"), mesh.get_group("dp")
-    return Mesh(layout, rank, size, everyone, *groups)
+    return Mesh(layout, everyone.rank(), everyone.size(), everyone, *groups)
 
 
 def problem_of(layout: Layout, model: ModelConfig, batch_tokens: int, context: int, ranks: int) -> str | None:
@@ -133,11 +129,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _refusal(found: list[tuple[str | None, dict[str, Any]]]) -> str | None:
     """The one line that all ranks say, from every rank's problem and identity."""
     first = found[0][1]
-    for rank, (_, other) in enumerate(found):
+    for number, (_, other) in enumerate(found):
         for name in sorted(first.keys() | other.keys()):
             ours, theirs = first.get(name), other.get(name)
             if ours != theirs:
-                return f"ranks disagree on {name}: rank {rank} has {_short(theirs)}, rank 0 has {_short(ours)}"
+                return f"ranks disagree on {name}: rank {number} has {_short(theirs)}, rank 0 has {_short(ours)}"
     return next((f"layout: {problem}" for problem, _ in found if problem), None)
 
 

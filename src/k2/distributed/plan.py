@@ -134,6 +134,17 @@ class DistributedPlan:
             dist.broadcast(tensor, group=self._mesh.pipeline, group_src=stage)
             yield name, tensor
 
+    def gathered(self, model: Transformer) -> Transformer | None:
+        """The whole model on the first rank, None on the others; all must call it."""
+        first = self._mesh.rank == 0
+        found = {name: tensor for name, tensor in self.weights() if first}
+        if not first:
+            return None
+        with torch.device("meta"):
+            whole = Transformer(model.config, compute_dtype=model.compute_dtype)
+        whole.load_state_dict(found, assign=True)
+        return whole
+
     @property
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device

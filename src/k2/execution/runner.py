@@ -13,8 +13,10 @@ from k2.config.base import Section
 from k2.errors import StageError
 from k2.execution.contract import Progress, StageResult
 from k2.execution.digest import artifact_key, code_digest
+from k2.execution.ranks import MAKE, announce, follow, refuse_several
 from k2.execution.registry import StageSpec, stage_spec
 from k2.platform.pods import LAUNCH_VARIABLE
+from k2.processes import rank
 from k2.store.artifacts import Artifact, ArtifactWriter, find
 from k2.store.client import Store
 from k2.store.lease import Holder, Lease
@@ -43,7 +45,8 @@ def execute(
 ) -> Outcome:
     """Return the stage's artifact, making it only when it is not there yet or no longer intact.
 
-    A task of a pool that launches jobs (`K2_LAUNCH` is set) has a job of run `run` make it.
+    A task of a pool that launches jobs (`K2_LAUNCH` is set) has a job of run `run` make it. Of several ranks under
+    torchrun the first one does all this, and the others take part in the work.
 
     Raises:
         UserError: bad input; the message says what to change.
@@ -52,11 +55,15 @@ def execute(
     started = time.monotonic()
     spec = stage_spec(stage)
     _require_inputs(spec, inputs)
+    refuse_several(stage)
     key = key_of(stage, config, inputs, store)
+    if rank() > 0:
+        made = follow(spec, config, inputs, store, key, progress)
+        return Outcome(made, made.statistics, False, time.monotonic() - started)
     if not spec.always:
         done = _intact(store, stage, key)
         if done is not None:
-            return Outcome(done, done.statistics, True, time.monotonic() - started)
+            return _cached(done, started)
         if os.environ.get(LAUNCH_VARIABLE):
             artifact = _launched(stage, config, inputs, store, progress, run, key)
             return Outcome(artifact, artifact.statistics, False, time.monotonic() - started)
@@ -69,10 +76,15 @@ def execute(
     with Lease(store, f"work/{key}/lease.json", waiting=published, reads=reads) as lease:
         done = None if spec.always else _intact(store, stage, key)
         if done is not None:
-            return Outcome(done, done.statistics, True, time.monotonic() - started)
+            return _cached(done, started)
         result = _run(spec, config, inputs, store, key, lease, progress)
     cached = spec.always and not result.metrics["changed"]
     return Outcome(result.artifact, result.metrics, cached, time.monotonic() - started)
+
+
+def _cached(artifact: Artifact, started: float) -> Outcome:
+    announce("work", artifact.uri)
+    return Outcome(artifact, artifact.statistics, True, time.monotonic() - started)
 
 
 def _launched(
@@ -142,9 +154,11 @@ def _run(
     }
     work = WorkArea(store, key, lease)
     writer = ArtifactWriter(store, spec.name, key, work, provenance, stale[1] if stale else None)
+    announce("work", MAKE)
     try:
         result: StageResult = importlib.import_module(spec.module).run(config, inputs, writer, progress=progress)
     finally:
         writer.discard()
     work.clear()
+    announce("result", result.artifact.uri)
     return result

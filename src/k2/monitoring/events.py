@@ -16,8 +16,10 @@ from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
 
+from k2.masking import masked
 from k2.monitoring.format import clock, key_metric, short
 from k2.monitoring.metrics import StageMetrics, serve_from_environment
+from k2.processes import rank
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ def event_line(stage: str, kind: str, values: Mapping[str, Any]) -> str:
     if len(line) > MAX_LINE:
         kept = {name: value for name, value in values.items() if len(str(value)) <= 1000}
         line = _strict_json({**kept, **frame, "truncated": len(line)})
-    return line + "\n"
+    return masked(line) + "\n"
 
 
 def _strict_json(event: Mapping[str, Any]) -> str:
@@ -212,11 +214,20 @@ def progress_text(values: Mapping[str, Any]) -> str:
     return " · ".join([*parts, *filter(None, [key_metric(values)])])
 
 
+class Nowhere:
+    """Keeps no events: of several ranks only the first one speaks."""
+
+    def append(self, stage: str, kind: str, /, **values: Any) -> None:
+        """Forget it."""
+
+
 def progress_for(stage: str) -> StageProgress:
     """The progress this process should use: the file in `K2_EVENTS`, else a terminal, else a line per 10 s.
 
-    `K2_RUN` names the run in metrics; `K2_METRICS_PORT` serves them.
+    `K2_RUN` names the run in metrics; `K2_METRICS_PORT` serves them. Ranks but the first say nothing.
     """
+    if rank() > 0:
+        return StageProgress(stage, Nowhere())
     serve_from_environment()
     run, path = os.environ.get("K2_RUN", ""), os.environ.get("K2_EVENTS")
     if path:

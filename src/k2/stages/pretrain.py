@@ -10,13 +10,19 @@ import torch
 
 from k2.config.pretrain import PretrainConfig
 from k2.data.loader import TokenLoader
+from k2.distributed.checkpoint import ShardedCheckpoints
+from k2.distributed.plan import DistributedPlan
 from k2.execution.contract import Progress, StageResult
+from k2.execution.digest import code_digest
 from k2.model import hf
+from k2.model.transformer import Transformer
+from k2.processes import rank
 from k2.store.artifacts import Artifact, ArtifactWriter
 from k2.training.checkpoint import Checkpoints
 from k2.training.instruments import head_statistics
-from k2.training.pretraining import pretrain, schedule_of
-from k2.training.state import TrainState
+from k2.training.loop import ParallelPlan
+from k2.training.pretraining import build, join_ranks, pretrain, schedule_of
+from k2.training.state import Saver, TrainState
 
 
 def run(
@@ -24,29 +30,46 @@ def run(
 ) -> StageResult:
     """Write a checkpoint artifact: `config.json`, `model/`, `tokenizer/` and `report.json`.
 
-    Raises UserError when the corpus or the held-out text is shorter than one row, StageError when too many
-    updates in a row had to be skipped.
+    Under torchrun all ranks call it, and the first one publishes.
+
+    Raises UserError when the corpus or the held-out text is shorter than one row or the ranks cannot train together,
+    StageError when too many updates in a row had to be skipped.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokens = inputs["tokens"]
+    mesh = join_ranks(config, {"code": code_digest(__name__), "tokens": tokens.digest})
+    state, plan = build(config, mesh)
     loader = TokenLoader(
         np.load(tokens.path("train/tokens.npy"), mmap_mode="r"),
         np.load(tokens.path("train/offsets.npy")),
         config.batch_tokens // config.context_length,
         config.context_length,
         config.seed,
+        plan.data_rank,
+        plan.layout.data_parallel,
     )
     heldout = np.load(tokens.path("heldout/tokens.npy"), mmap_mode="r")
-    checkpoints = Checkpoints(output.work, config.checkpoint_interval)
-    state = pretrain(config, loader, heldout, checkpoints, progress)
-    hf.save(state.model, state.model.config, output.path("config.json").parent)
+    pretrain(config, state, plan, loader, heldout, _checkpoints(config, plan, output), progress)
+    if model := plan.gathered(state.model):
+        _write(config, state, model, tokens, output)
+    return StageResult(output.publish(**_metrics(state)))
+
+
+def _checkpoints(config: PretrainConfig, plan: ParallelPlan, output: ArtifactWriter) -> Saver:
+    if isinstance(plan, DistributedPlan):
+        return ShardedCheckpoints(output.work if rank() == 0 else None, config.checkpoint_interval, plan)
+    return Checkpoints(output.work, config.checkpoint_interval)
+
+
+def _write(
+    config: PretrainConfig, state: TrainState, model: Transformer, tokens: Artifact, output: ArtifactWriter
+) -> None:
+    hf.save(model, model.config, output.path("config.json").parent)
     for name in tokens.files:
         if name.startswith("tokenizer/"):
             shutil.copyfile(tokens.path(name), output.path(name))
-    metrics = _metrics(state)
     output.path("report.json").write_text(json.dumps(_report(config, state), sort_keys=True), encoding="utf-8")
-    return StageResult(output.publish(**metrics))
 
 
 def _metrics(state: TrainState) -> dict[str, Any]:

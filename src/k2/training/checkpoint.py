@@ -55,6 +55,9 @@ class Checkpoints:
             tensors, document = _objects(name)
             self._work.save({tensors: path, document: json.dumps(values, sort_keys=True).encode()}, drop=old)
 
+    def wait(self) -> None:
+        """Nothing is saved in the background here."""
+
     def restore(self, state: TrainState, source: Source[Any]) -> bool:
         """Bring state and source to the newest intact checkpoint; False when there is none.
 

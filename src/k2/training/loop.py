@@ -21,9 +21,8 @@ from k2.optim.muonclip import MuonClip
 from k2.optim.norms import stable_norm
 from k2.optim.qk_clip import ClipReport
 from k2.planner.layout import Layout
-from k2.training.checkpoint import Checkpoints
 from k2.training.instruments import StepReport, expert_shares, measure_spectrum, reason_to_skip, show, spike_in
-from k2.training.state import BatchT, BatchT_contra, Source, TrainState
+from k2.training.state import BatchT, BatchT_contra, Saver, Source, TrainState
 
 LOSS_MEMORY = 0.9
 """Share of the running mean of the loss that a step keeps; the mean is what spikes are measured against."""
@@ -86,6 +85,9 @@ class ParallelPlan(Protocol):
     def share_update(self, optimizer: MuonClip) -> None:
         """Bring every rank's update to the ranks that compute with those weights, and make its RMS that of all."""
 
+    def gathered(self, model: Transformer) -> Transformer | None:
+        """The whole model, of which `model` is this rank's part, on the first rank; None on the others."""
+
 
 class SingleProcess:
     """The 1x1x1 plan: nothing to share."""
@@ -109,6 +111,10 @@ class SingleProcess:
 
     def share_update(self, optimizer: MuonClip) -> None:
         """The weights are already where they are used."""
+
+    def gathered(self, model: Transformer) -> Transformer:
+        """One rank's part is the model."""
+        return model
 
 
 def one_by_one(model: Transformer, batches: Iterable[BatchT], loss_fn: LossFn[BatchT]) -> Iterator[tuple[int, Loss]]:
@@ -255,7 +261,7 @@ def train(
     *,
     until: int,
     progress: Progress,
-    checkpoints: Checkpoints | None = None,
+    checkpoints: Saver | None = None,
     total: int | None = None,
     plan: ParallelPlan | None = None,
 ) -> None:

@@ -3,8 +3,9 @@
 Letters in shapes: B batch, L length.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -14,18 +15,23 @@ from numpy.typing import NDArray
 
 from k2.config.model import ModelConfig
 from k2.config.pretrain import PretrainConfig
-from k2.data.loader import TokenLoader
+from k2.data.loader import IGNORE, TokenLoader
+from k2.distributed.mesh import Mesh, join, problem_of
+from k2.distributed.plan import DistributedPlan
 from k2.errors import UserError
 from k2.execution.contract import Progress
 from k2.model.layout import logical_tensors
+from k2.model.mla import LatentAttention
+from k2.model.rope import softmax_scale
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
 from k2.optim.schedule import Phase, Schedule
+from k2.planner.layout import Layout
+from k2.processes import world_size
 from k2.training.batches import NextTokenLoss, TokenBatch, micro_batches
-from k2.training.checkpoint import Checkpoints
 from k2.training.history import History
-from k2.training.loop import train
-from k2.training.state import TrainState
+from k2.training.loop import ParallelPlan, SingleProcess, train
+from k2.training.state import Saver, TrainState
 
 Tokens = NDArray[np.unsignedinteger[Any]]
 
@@ -79,27 +85,75 @@ def model_config(config: PretrainConfig, yarn: bool) -> ModelConfig:
     return config.model.model_copy(update={"rope_scaling": config.yarn, "max_position_embeddings": reach})
 
 
-def build(config: PretrainConfig) -> TrainState:
-    """A freshly initialised model with its optimizer."""
+def layout_of(config: PretrainConfig, context: int, ranks: int) -> Layout:
+    """How ranks divide the work at a context length; data parallelism takes what pipeline and experts leave."""
+    parallel = config.parallel
+    group = parallel.pipeline_parallel_size * parallel.expert_parallel_size
+    layout = Layout(
+        parallel.pipeline_parallel_size,
+        parallel.expert_parallel_size,
+        max(1, ranks // group),
+        parallel.virtual_stages,
+        recompute=config.recompute,
+    )
+    return replace(layout, micro_batch_tokens=micro_batch_rows(config, context, layout) * context)
+
+
+def micro_batch_rows(config: PretrainConfig, context: int, layout: Layout) -> int:
+    """Rows of a micro-batch: at most what the configuration says, and at most a rank's part of a step."""
+    return max(1, min(config.micro_batch_tokens, config.batch_tokens // layout.data_parallel) // context)
+
+
+def join_ranks(config: PretrainConfig, identity: Mapping[str, Any]) -> Mesh | None:
+    """Meet the other ranks, or None in a process that is alone.
+
+    Raises:
+        UserError: on all ranks alike, when they cannot train this together.
+    """
+    ranks = world_size()
+    contexts = {config.context_length} | ({config.long_context_length} if config.long_context_tokens else set())
+    layouts = {context: layout_of(config, context, ranks) for context in sorted(contexts)}
+    if ranks == 1 and all(layout.ranks == 1 for layout in layouts.values()):
+        return None
+    mine = {"pretrain": config.model_dump(mode="json", exclude={"threads"}), **identity}
+    if ranks == 1:
+        raise UserError(f"parallel: {_problem(config, layouts, 1)}")
+    context = config.context_length
+    mesh = join(layouts[context], config.model, batch_tokens=config.batch_tokens, context=context, identity=mine)
+    if problem := _problem(config, layouts, ranks):
+        raise UserError(f"layout: {problem}")
+    return mesh
+
+
+def _problem(config: PretrainConfig, layouts: Mapping[int, Layout], ranks: int) -> str | None:
+    found = (problem_of(each, config.model, config.batch_tokens, length, ranks) for length, each in layouts.items())
+    return next(filter(None, found), None)
+
+
+def build(config: PretrainConfig, mesh: Mesh | None = None) -> tuple[TrainState, ParallelPlan]:
+    """A freshly initialised model with its optimizer, or a rank's part of both."""
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
     model = Transformer(config.model, compute_dtype=dtype, recompute=config.recompute).initialize(config.seed)
+    history = History(interval=-(-config.steps // config.curve_points))
+    if mesh is not None:
+        plan = DistributedPlan(mesh, model)
+        return TrainState(model, plan.optimizer(config.optimizer), history), plan
     optimizer = MuonClip(model.named_parameters(), logical_tensors(config.model), config.optimizer)
-    return TrainState(model, optimizer, History(interval=-(-config.steps // config.curve_points)))
+    return TrainState(model, optimizer, history), SingleProcess()
 
 
-def reconfigure(model: Transformer, config: ModelConfig) -> Transformer:
-    """The same parameters, the very same objects, under another configuration (rotary scaling, context)."""
-    with torch.device("meta"):
-        again = Transformer(config, compute_dtype=model.compute_dtype, recompute=model.recompute)
-    again.load_state_dict(model.state_dict(keep_vars=True), assign=True)
-    return again
+def reconfigure(model: Transformer, config: ModelConfig) -> None:
+    """Give a model, or a part of one, another rotary scaling and context."""
+    model.config = config
+    for attention in (module for module in model.modules() if isinstance(module, LatentAttention)):
+        attention.config, attention.scale = config, softmax_scale(config)
 
 
 class PackedSource:
     """Steps of packed rows from the token loader."""
 
-    def __init__(self, loader: TokenLoader, config: PretrainConfig) -> None:
-        self._loader, self._config = loader, config
+    def __init__(self, loader: TokenLoader, config: PretrainConfig, layout: Layout) -> None:
+        self._loader, self._config, self._layout = loader, config, layout
 
     def set_context_length(self, length: int) -> None:
         """Go on with rows of this length and the same tokens per step."""
@@ -108,7 +162,7 @@ class PackedSource:
     def next_step(self) -> Sequence[TokenBatch]:
         """The next step's rows in micro-batches."""
         batch = self._loader.next_batch()
-        rows = self._config.micro_batch_tokens // batch.tokens_BL.shape[1]
+        rows = micro_batch_rows(self._config, batch.tokens_BL.shape[1], self._layout)
         documents = batch.document_BL if self._config.mask_documents else None
         return micro_batches(batch.tokens_BL, batch.targets_BL, rows, documents)
 
@@ -121,8 +175,10 @@ class PackedSource:
         self._loader.load_state_dict(state)
 
 
-def heldout_batches(tokens: Tokens, length: int, limit: int, rows: int) -> Iterator[TokenBatch]:
-    """Rows of `length` in reading order over at most `limit` tokens; a row's first token is only context.
+def heldout_batches(tokens: Tokens, length: int, limit: int, rows: int, plan: ParallelPlan) -> list[TokenBatch]:
+    """This rank's rows of `length` of at most `limit` tokens in reading order; a row's first token is only context.
+
+    Several ranks get equally many full micro-batches: blank rows, which have no loss, fill the last ones.
 
     Raises:
         UserError: the held-out text is shorter than one row.
@@ -132,55 +188,67 @@ def heldout_batches(tokens: Tokens, length: int, limit: int, rows: int) -> Itera
         raise UserError(f"held-out text has {len(tokens)} tokens; pretrain needs more than context length {length}")
     tokens_BL = tokens[: count * length].astype(np.int64).reshape(count, length)
     targets_BL = tokens[1 : count * length + 1].astype(np.int64).reshape(count, length)
-    yield from micro_batches(tokens_BL, targets_BL, rows)
+    layout = plan.layout
+    if layout.ranks > 1:
+        blank = ((0, -count % (layout.data_parallel * layout.pp * rows)), (0, 0))
+        tokens_BL, targets_BL = np.pad(tokens_BL, blank), np.pad(targets_BL, blank, constant_values=IGNORE)
+    part = len(tokens_BL) // layout.data_parallel
+    mine = slice(plan.data_rank * part, (plan.data_rank + 1) * part)
+    return micro_batches(tokens_BL[mine], targets_BL[mine], rows)
 
 
 @torch.no_grad()
-def heldout_loss(model: Transformer, batches: Iterator[TokenBatch]) -> float:
-    """Mean cross-entropy in nats per token."""
+def heldout_loss(model: Transformer, batches: Sequence[TokenBatch], plan: ParallelPlan) -> float:
+    """Mean cross-entropy in nats per token over all ranks' batches."""
     model.eval()
-    loss_fn, total, weight = NextTokenLoss(), 0.0, 0.0
-    for batch in batches:
-        loss = loss_fn(model, batch)
-        total, weight = total + loss.total.item(), weight + loss.weight
-    return total / weight
+    losses = [(loss.total.item(), float(loss.weight)) for _, loss in plan.losses(model, batches, NextTokenLoss())]
+    sums = torch.tensor(losses, dtype=torch.float64).sum(0)
+    plan.sum_([sums])
+    total, weight = sums.tolist()
+    return float(total / weight)
 
 
 def pretrain(
     config: PretrainConfig,
+    state: TrainState,
+    plan: ParallelPlan,
     loader: TokenLoader,
     heldout: Tokens,
-    checkpoints: Checkpoints,
+    checkpoints: Saver,
     progress: Progress,
-) -> TrainState:
+) -> None:
     """Run all phases, from the newest checkpoint if there is one.
 
     `notes["heldout"]` of the state lists the held-out losses: before and after each context length, measured
     with the configuration trained there.
     """
-    schedule, state, source = schedule_of(config), build(config), PackedSource(loader, config)
+    schedule, source = schedule_of(config), PackedSource(loader, config, plan.layout)
     checkpoints.restore(state, source)
     start = 0
     for segment in segments(schedule, config.batch_tokens):
         if state.step <= segment.until:
-            state.model = reconfigure(state.model, model_config(config, segment.yarn))
+            reconfigure(state.model, model_config(config, segment.yarn))
             source.set_context_length(segment.context_length)
-            _measure(state, f"{segment.name}_before", segment, config, heldout, at=start)
-            loss_fn = NextTokenLoss(config.balance_loss_weight)
+            measure = partial(_measure, state, plan, segment, config, heldout)
+            measure(f"{segment.name}_before", at=start)
             train(
-                state, source, loss_fn, schedule.lr,
-                until=segment.until, total=config.steps, checkpoints=checkpoints, progress=progress,
+                state, source, NextTokenLoss(config.balance_loss_weight), schedule.lr, until=segment.until,
+                total=config.steps, checkpoints=checkpoints, progress=progress, plan=plan,
             )  # fmt: skip
-            _measure(state, f"{segment.name}_after", segment, config, heldout, at=segment.until)
+            measure(f"{segment.name}_after", at=segment.until)
         start = segment.until
+    checkpoints.wait()
     state.history.finish()
-    return state
 
 
-def _measure(state: TrainState, name: str, segment: Segment, config: PretrainConfig, heldout: Tokens, at: int) -> None:
+def _measure(
+    state: TrainState, plan: ParallelPlan, segment: Segment, config: PretrainConfig, heldout: Tokens, name: str, at: int
+) -> None:
     """Note the held-out loss at step `at`, unless a checkpoint brought it along."""
     notes = state.notes.setdefault("heldout", [])
     if state.step == at and all(note["name"] != name for note in notes):
         length = segment.context_length
-        batches = heldout_batches(heldout, length, config.heldout_tokens, config.micro_batch_tokens // length)
-        notes.append({"name": name, "step": at, "context": length, "loss": heldout_loss(state.model, batches)})
+        rows = micro_batch_rows(config, length, plan.layout)
+        batches = heldout_batches(heldout, length, config.heldout_tokens, rows, plan)
+        loss = heldout_loss(state.model, batches, plan)
+        notes.append({"name": name, "step": at, "context": length, "loss": loss})

@@ -35,6 +35,19 @@ class Source(Protocol[BatchT_co]):
         """Continue from a position."""
 
 
+class Saver(Protocol):
+    """Keeps checkpoints of a run: of one process, or of all ranks together."""
+
+    def step(self, state: "TrainState", source: Source[Any]) -> bool:
+        """Save if it is time to; returns whether it was."""
+
+    def restore(self, state: "TrainState", source: Source[Any]) -> bool:
+        """Bring state and source to the newest intact checkpoint; False when there is none."""
+
+    def wait(self) -> None:
+        """Return when what was begun last is saved."""
+
+
 @dataclass
 class TrainState:
     """Everything that a step changes. Together with the source's position and the RNG it is a checkpoint.
