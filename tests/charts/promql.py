@@ -9,6 +9,8 @@ TOKEN = re.compile(
     |(?P<name>[A-Za-z_:][A-Za-z0-9_:]*)|(?P<operator>=~|!~|!=|==|>=|<=|[-+*/%^<>=(){},])""",
     re.VERBOSE,
 )
+LABEL = re.compile(r'"[a-z_][a-z0-9_]*"')
+"""What an argument of label_replace or label_join is, when it names a label."""
 GROUPING = {"by", "without", "on", "ignoring", "group_left", "group_right"}
 KEYWORDS = GROUPING | {"and", "or", "unless", "offset", "bool", "inf", "nan"}
 
@@ -42,6 +44,8 @@ def parse(query: str) -> Query:
             end = tokens.index(("operator", "}"), position) if following == "{" else position
             metrics.append((text, _matched(tokens[position:end])))
             position = end
+        elif kind == "string" and LABEL.fullmatch(text):
+            grouped.add(text.strip('"'))
         position += 1
     return Query(tuple(metrics), frozenset(grouped))
 

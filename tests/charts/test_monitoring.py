@@ -19,8 +19,8 @@ MONITORING = ROOT / "charts" / "k2" / "files" / "monitoring"
 RULES = yaml.safe_load((MONITORING / "rules.yaml").read_text())["spec"]
 TARGET = {"namespace", "pod", "container", "job", "instance"}
 POD = {"namespace", "pod", "uid"}
-LABELS = {"label_k2_dev_team", "label_k2_dev_project", "label_k2_dev_cost_center", "label_k2_dev_run"} | {
-    "label_app_kubernetes_io_part_of"
+LABELS = {f"label_k2_dev_{each}" for each in ("team", "project", "cost_center", "run")} | {
+    *("label_app_kubernetes_io_part_of", "label_workflows_argoproj_io_workflow")
 }
 OTHERS = {
     # kube-state-metrics
@@ -85,6 +85,7 @@ def test_every_query_names_metrics_and_labels_that_exist(query: str) -> None:
         ('sum by (run, le) (rate(a_b{x="}{",y!~"z"}[5m] offset 1h)) / 2e3', [("a_b", {"x", "y"})], {"run", "le"}),
         ("a:b and on (x) (c == bool 1) * ignoring (q) group_left (w) d", [("a:b", set()), ("c", set()), ("d", set())],
          {"x", "q", "w"}),
+        ('label_replace(up{job="a"}, "dst", "$1", "src", "(.+)")', [("up", {"job"})], {"dst", "src"}),
         ("time() - max(k2_x) unless sum(rate(y[$__rate_interval])) by (z)", [("k2_x", set()), ("y", set())], {"z"}),
     ],
 )  # fmt: skip

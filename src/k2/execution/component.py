@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import sys
 import traceback
 from collections.abc import Mapping
@@ -115,9 +114,9 @@ def leave(error: BaseException) -> NoReturn:
 
 
 def log_metrics(output: Any, metrics: Mapping[str, Any]) -> None:
-    """Log scalars to a KFP Metrics artifact; KFP cannot store NaN or infinity, so those become text."""
+    """Log scalars to a KFP Metrics artifact; what was not finite is text there, and `nonfinite` names it."""
+    odd = metrics.get("nonfinite", [])
+    output.metadata |= {name: str(metrics[name]) for name in odd} | ({"nonfinite": ", ".join(odd)} if odd else {})
     for name, value in metrics.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            output.metadata[name] = str(value)
-        elif isinstance(value, (int, float)):
+        if isinstance(value, (int, float)):
             output.log_metric(name, value)

@@ -6,6 +6,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -219,6 +220,21 @@ def open_uri(store: Store, uri: str) -> Artifact:
     return artifact
 
 
+def finite(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """Statistics as JSON can hold them: numbers that are not finite become text, and `nonfinite` names their places."""
+    made = {name: _finite(value) for name, value in statistics.items()}
+    changed = sorted(name for name, value in statistics.items() if made[name] != value)
+    return made | ({"nonfinite": changed} if changed else {})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    return type(value)(map(_finite, value)) if isinstance(value, (list, tuple)) else value
+
+
 class ArtifactWriter:
     """Collects a stage's output files in a scratch folder and publishes them at the end."""
 
@@ -258,7 +274,7 @@ class ArtifactWriter:
             key=self.key,
             attempt=attempt,
             files=tuple(entries),
-            statistics=statistics,
+            statistics=finite(statistics),
             provenance=self._provenance,
         )
         return self._commit(manifest)

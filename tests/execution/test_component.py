@@ -1,0 +1,52 @@
+"""What KFP gets of a stage's metrics."""
+
+import json
+import math
+from collections.abc import Callable
+
+from kfp.dsl import Metrics
+
+from k2.execution.component import log_metrics
+from k2.monitoring.run_record import read_run, summary, write_stage_record
+from k2.store.artifacts import Artifact, finite, open_uri
+from k2.store.client import Store
+
+Make = Callable[..., Artifact]
+VALUES = {
+    "loss_last": math.nan,
+    "scores": {"a": [1.0, -math.inf]},
+    "tokens": 3,
+    "name": "x",
+    "accuracy": 0.5,
+    "done": True,
+}
+
+
+def test_what_is_not_finite_is_text_with_a_flag_everywhere(store: Store, make_artifact: Make) -> None:
+    """In the manifest, so that a cache hit says the same; in the run's record, in summary.json and for KFP."""
+    made = make_artifact("pretrain", {"a": b"1"}, **VALUES)
+    assert dict(made.statistics) == dict(open_uri(store, made.uri).statistics)
+    assert made.statistics["loss_last"] == "nan"
+    assert made.statistics["scores"] == {"a": [1.0, "-inf"]}
+    assert made.statistics["nonfinite"] == ["loss_last", "scores"]
+    write_stage_record(store, "r", {"stage": "pretrain", "status": "done", "metrics": made.statistics})
+    text = json.dumps(summary("r", "nano", "done", 1.0, read_run(store, "r")), allow_nan=False)
+    assert json.loads(text)["stages"]["pretrain"]["metrics"]["loss_last"] == "nan"
+
+
+def test_kfp_metrics_are_finite_and_say_what_was_not() -> None:
+    output = Metrics(name="metrics", uri="/tmp/m", metadata={})
+    log_metrics(output, finite(VALUES))
+    assert output.metadata == {
+        "loss_last": "nan",
+        "scores": "{'a': [1.0, '-inf']}",
+        "nonfinite": "loss_last, scores",
+        "tokens": 3,
+        "accuracy": 0.5,
+        "done": True,
+    }
+    json.dumps(output.metadata, allow_nan=False)
+
+
+def test_finite_metrics_have_no_flag() -> None:
+    assert finite({"loss": 1.0, "pair": (1, 2.5)}) == {"loss": 1.0, "pair": (1, 2.5)}
