@@ -21,7 +21,7 @@ from k2.store.artifacts import Artifact
 from k2.store.client import Store
 from tests.conftest import SilentProgress
 from tests.launch.conftest import placement
-from tests.launch.fake_kubernetes import FakeKubernetes, Kubelet
+from tests.launch.fake_kubernetes import Failure, FakeKubernetes, Kubelet
 
 FAST = Times(poll_s=0.02, flush_s=0.1, admission_s=0.3, deletion_s=2.0)
 KEY = "0" * 64
@@ -134,3 +134,260 @@ def _file(monkeypatch: pytest.MonkeyPatch, text: str) -> Any:
     file = Path(tempfile.mkdtemp()) / "namespace"
     file.write_text(text)
     return file
+
+
+def job_of(launcher: Launcher, attempt: int = 1, work: Work = WORK) -> dict[str, Any]:
+    """The job that this launcher would make."""
+    return launcher._job(work, attempt)
+
+
+def finish(kubernetes: FakeKubernetes, make_artifact: Make, store: Store, name: str = NAME) -> None:
+    """The job publishes its artifact and is complete."""
+    made = make_artifact("tokenize", {"a": b"1"})
+    body = store.get(f"tokenize/{made.key}/manifest.json")
+    assert body
+    store.put(f"tokenize/{KEY}/manifest.json", body)
+    kubernetes.status(name, conditions=[{"type": "Complete", "status": "True"}])
+
+
+def created(kubernetes: FakeKubernetes, name: str = NAME) -> dict[str, Any]:
+    found: dict[str, Any] = wait_for(
+        lambda: [each for each in kubernetes.of("jobs") if each["metadata"]["name"] == name]
+    )[0]
+    return found
+
+
+def test_the_job_is_owned_marked_and_limited(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher], owned: Callable[[str], None],
+    make_artifact: Make, store: Store,
+) -> None:  # fmt: skip
+    owned("run-a")
+    run = Run(launcher())
+    job = created(kubernetes)
+    assert job["spec"]["activeDeadlineSeconds"] == 7200  # An hour of work, and one of waiting for nodes.
+    assert (
+        job["metadata"]["labels"].items()
+        >= {"k2.dev/run": "nightly-1", "k2.dev/stage": "tokenize", "k2.dev/team": "ml"}.items()
+    )
+    assert job["metadata"]["labels"] == job["spec"]["template"]["metadata"]["labels"]
+    finish(kubernetes, make_artifact, store)
+    assert run.end().error is None
+    assert run.artifact is not None
+    kubernetes.remove(f"{WORKFLOWS}/run-a")
+    assert kubernetes.of("jobs") == []
+
+
+def test_a_step_that_is_run_again_adopts_its_live_job(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher], owned: Callable[[str], None],
+    make_artifact: Make, store: Store, progress: SilentProgress,
+) -> None:  # fmt: skip
+    owned("run-a")
+    kubernetes.add(JOBS, job_of(launcher()) | {"metadata": owned_metadata(kubernetes, launcher())})
+    run = Run(launcher())
+    wait_for(lambda: "job_adopted" in kinds(progress))
+    finish(kubernetes, make_artifact, store)
+    assert run.end().artifact is not None
+    assert ("POST", JOBS) not in kubernetes.requests
+
+
+def owned_metadata(kubernetes: FakeKubernetes, launcher: Launcher, run: str = "run-a", **digest: str) -> dict[str, Any]:
+    uid = kubernetes.objects[f"{WORKFLOWS}/{run}"]["metadata"]["uid"]
+    metadata = job_of(launcher)["metadata"]
+    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": run, "uid": uid}
+    changed = {"annotations": {"k2.dev/spec-digest": digest["digest"]}} if digest else {}
+    return metadata | {"ownerReferences": [owner]} | changed
+
+
+@pytest.mark.parametrize("why", ["failed", "other spec", "complete without a result", "of a run that has ended"])
+def test_a_job_that_is_of_no_use_is_deleted_and_made_anew(
+    why: str, kubernetes: FakeKubernetes, launcher: Callable[..., Launcher], owned: Callable[[str], None],
+    make_artifact: Make, store: Store,
+) -> None:  # fmt: skip
+    owned("run-b")
+    owned("run-a")
+    metadata = owned_metadata(kubernetes, launcher())
+    if why == "other spec":
+        metadata = owned_metadata(kubernetes, launcher(), digest="of something else")
+    if why == "of a run that has ended":
+        metadata = owned_metadata(kubernetes, launcher(), "run-b")
+        kubernetes.objects[f"{WORKFLOWS}/run-b"]["status"] = {"phase": "Failed"}
+    kubernetes.add(JOBS, job_of(launcher()) | {"metadata": metadata})
+    states = {"failed": "Failed", "complete without a result": "Complete"}
+    if why in states:
+        kubernetes.status(NAME, conditions=[{"type": states[why], "status": "True"}])
+    run = Run(launcher())
+    second = NAME.removesuffix("1") + "2"
+    assert created(kubernetes, second)
+    assert [job["metadata"]["name"] for job in kubernetes.of("jobs")] == [second]
+    finish(kubernetes, make_artifact, store, second)
+    assert run.end().artifact is not None
+
+
+def test_what_a_live_run_makes_is_left_to_it(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher], owned: Callable[[str], None]
+) -> None:
+    owned("run-b")
+    metadata = owned_metadata(kubernetes, launcher(), "run-b")
+    kubernetes.add(JOBS, job_of(launcher()) | {"metadata": metadata})
+    owned("run-a")
+    error = Run(launcher()).end().error
+    assert isinstance(error, UserError)
+    assert "run 'nightly-1' is making the same now; wait for it" in str(error)
+    assert len(kubernetes.of("jobs")) == 1
+
+
+@pytest.mark.parametrize("status", [0, 503])
+@pytest.mark.parametrize(("method", "path"), [("GET", "jobs/"), ("POST", "jobs$"), ("GET", "log$"), ("GET", "pods$")])
+def test_an_api_server_that_fails_for_a_while_changes_nothing(
+    status: int, method: str, path: str, kubernetes: FakeKubernetes, launcher: Callable[..., Launcher],
+    make_artifact: Make, store: Store, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("k2.launch.cluster.FIRST_DELAY_S", 0.01)
+    kubernetes.failures.append(Failure(method, path, status, times=3))
+    run = Run(launcher())
+    pod = {"metadata": {"name": "p", "labels": {"job-name": NAME}}, "spec": {}}
+    created(kubernetes)
+    kubernetes.add("/api/v1/namespaces/ml/pods", pod)
+    kubernetes.write("p", "hello")
+    wait_for(lambda: kubernetes.failures[0].times == 0)
+    finish(kubernetes, make_artifact, store)
+    assert run.end().artifact is not None
+
+
+def test_a_request_whose_answer_was_lost_does_not_make_a_second_job(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher], make_artifact: Make, store: Store
+) -> None:
+    kubernetes.failures.append(Failure("POST", "jobs$", 504, after=True))
+    run = Run(launcher())
+    created(kubernetes)
+    finish(kubernetes, make_artifact, store)
+    assert run.end().artifact is not None
+    assert len(kubernetes.of("jobs")) == 1
+
+
+def test_an_api_server_that_stays_away_is_given_up(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher]
+) -> None:
+    kubernetes.failures.append(Failure("GET", "jobs", 503, times=10**6))
+    error = Run(launcher(patience_s=0.1)).end().error
+    assert isinstance(error, StageError)
+    assert "HTTP 503: injected, for 0.1 s" in str(error)
+
+
+def test_a_missing_right_is_named_with_its_role(kubernetes: FakeKubernetes, launcher: Callable[..., Launcher]) -> None:
+    kubernetes.forbidden.add("jobs")
+    error = Run(launcher()).end().error
+    assert isinstance(error, StageError)
+    assert "HTTP 403: jobs is forbidden; the Role k2-launcher grants" in str(error)
+
+
+def test_a_failure_shows_the_end_of_the_log(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher], store: Store
+) -> None:
+    run = Run(launcher())
+    created(kubernetes)
+    kubernetes.add("/api/v1/namespaces/ml/pods", {"metadata": {"name": "p", "labels": {"job-name": NAME}}, "spec": {}})
+    secret = os.environ["K2_S3_SECRET_KEY"]
+    kubernetes.write("p", "begin", f"RuntimeError: no such GPU, key {secret}")
+    failed = {"type": "Failed", "status": "True", "reason": "BackoffLimitExceeded", "message": "too many"}
+    kubernetes.status(NAME, conditions=[failed])
+    error = str(run.end().error)
+    assert (
+        "the job failed (BackoffLimitExceeded: too many); its log ends with\nbegin\nRuntimeError: no such GPU, key ***"
+        in error
+    )
+    (log,) = [info.name for info in store.list("runs/nightly 1/logs/")]
+    assert store.get(log) == b"begin\nRuntimeError: no such GPU, key ***\n"
+
+
+def test_a_job_that_somebody_deletes_ends_the_step(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher]
+) -> None:
+    run = Run(launcher())
+    created(kubernetes)
+    kubernetes.remove(f"{JOBS}/{NAME}")
+    assert "somebody deleted the job" in str(run.end().error)
+
+
+def test_waiting_and_working_have_limits_of_their_own(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher], progress: SilentProgress
+) -> None:
+    """Half a second may be waited, and a second worked."""
+    run = Run(launcher(placement("tokenize", queue_timeout_s=1, timeout_s=2)))
+    created(kubernetes)
+    kubernetes.status(NAME, active=1, ready=1)
+    time.sleep(1.3)
+    assert run.error is None
+    assert "still runs after 2 s; raise timeouts.stages.tokenize; the job is deleted" in str(run.end().error)
+    assert kubernetes.of("jobs") == []
+
+    unschedulable = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes"}
+    pod = {
+        "metadata": {"name": "p", "labels": {"job-name": NAME}},
+        "spec": {},
+        "status": {"conditions": [unschedulable]},
+    }
+    kubernetes.add("/api/v1/namespaces/ml/pods", pod)
+    error = str(Run(launcher(placement("tokenize", queue_timeout_s=1))).end().error)
+    assert "was pending for 1 s (Unschedulable: 0/3 nodes); raise timeouts.queue_hours; the job is deleted" in error
+
+
+def queued(kubernetes: FakeKubernetes, **timeouts: int) -> Placement:
+    kubernetes.add(
+        "/apis/kueue.x-k8s.io/v1beta2/namespaces/ml/localqueues", {"metadata": {"name": "k2-gpu"}, "spec": {}}
+    )
+    here = placement("tokenize", **timeouts)
+    return here.model_copy(update={"pool": here.pool.model_copy(update={"queue": "k2-gpu"})})
+
+
+def workload(kubernetes: FakeKubernetes, job: dict[str, Any], message: str) -> None:
+    owner = {"kind": "Job", "name": NAME, "uid": job["metadata"]["uid"]}
+    waiting = {"type": "QuotaReserved", "status": "False", "message": message}
+    body = {"metadata": {"name": "w", "ownerReferences": [owner]}, "status": {"conditions": [waiting]}}
+    kubernetes.add(WORKLOADS, body)
+
+
+def test_a_queue_that_is_not_there_is_refused_before_anything_is_made(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher]
+) -> None:
+    here = queued(kubernetes)
+    kubernetes.remove("/apis/kueue.x-k8s.io/v1beta2/namespaces/ml/localqueues/k2-gpu")
+    error = Run(launcher(here)).end().error
+    assert isinstance(error, UserError)
+    assert "pools.job.queue: there is no LocalQueue 'k2-gpu' in ml" in str(error)
+    assert kubernetes.of("jobs") == []
+
+
+def test_a_suspended_job_that_kueue_does_not_know_fails_with_the_reason(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher]
+) -> None:
+    run = Run(launcher(queued(kubernetes)))
+    assert created(kubernetes)["spec"]["suspend"] is True
+    assert "Kueue made no Workload for it in 0.3 s" in str(run.end().error)
+    assert kubernetes.of("jobs") == []
+
+
+def test_a_queue_that_never_admits_says_why(kubernetes: FakeKubernetes, launcher: Callable[..., Launcher]) -> None:
+    run = Run(launcher(queued(kubernetes, queue_timeout_s=1)))
+    workload(kubernetes, created(kubernetes), "insufficient quota for nvidia.com/gpu")
+    assert "was suspended for 1 s (insufficient quota for nvidia.com/gpu)" in str(run.end().error)
+
+
+def test_preemption_is_reported_and_waited_for(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher], make_artifact: Make, store: Store,
+    progress: SilentProgress,
+) -> None:  # fmt: skip
+    run = Run(launcher(queued(kubernetes, queue_timeout_s=2)))
+    job = created(kubernetes)
+    assert job["spec"]["activeDeadlineSeconds"] == 3600  # Time in the queue does not count.
+    workload(kubernetes, job, "waiting")
+    job["spec"]["suspend"] = False
+    kubernetes.status(NAME, active=1, ready=1)
+    wait_for(lambda: "running" in [event.get("state") for event in progress.events])
+    suspended = {"type": "Suspended", "status": "True", "reason": "Preempted", "message": "by team b"}
+    kubernetes.status(NAME, conditions=[suspended])
+    wait_for(lambda: "job_preempted" in kinds(progress))
+    assert progress.events[-1]["reason"] == "Preempted: by team b"
+    kubernetes.status(NAME, active=1, ready=1)
+    finish(kubernetes, make_artifact, store)
+    assert run.end().artifact is not None

@@ -26,6 +26,8 @@ PATIENCE_S = 1800.0
 """Seconds without a usable answer before giving up; the work itself goes on meanwhile."""
 
 REQUEST_TIMEOUT_S = 30.0
+FIRST_DELAY_S = 0.5
+LONGEST_DELAY_S = 15.0
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -118,7 +120,7 @@ class Cluster:
 
     def _request(self, method: str, path: str, body: Object | None, query: Mapping[str, str]) -> bytes:
         """Repeat a request while the server fails, at growing intervals."""
-        deadline, delay = time.monotonic() + self.patience_s, 0.5
+        deadline, delay = time.monotonic() + self.patience_s, FIRST_DELAY_S
         while True:
             try:
                 return self._once(method, path, body, query)
@@ -132,7 +134,7 @@ class Cluster:
                 raise ClusterError(f"{self.api.configuration.host}: {problem}, for {self.patience_s:g} s", status)
             log.warning("%s %s: %s; asked again in %.1f s", method, path, problem, delay)
             time.sleep(delay * random.uniform(0.8, 1.2))
-            delay = min(2 * delay, 15.0)
+            delay = min(2 * delay, LONGEST_DELAY_S)
 
     def _once(self, method: str, path: str, body: Object | None, query: Mapping[str, str]) -> bytes:
         response = self.api.call_api(

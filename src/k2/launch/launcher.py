@@ -194,8 +194,9 @@ class _Watch:
             now = time.monotonic()
             self.ran_s += now - seen if self.status.state is State.RUNNING else 0.0
             seen = now
-            self._report(self.launcher.backend.status(job), now)
-            self._pump()
+            pod = pod_of_node(self.cluster, self.launcher.backend.pods(self.name))
+            self._report(_explained(self.launcher.backend.status(job), pod), now)
+            self._read(pod)
             if self.status.state is State.COMPLETE:
                 return
             if self.status.state is State.FAILED:
@@ -217,9 +218,8 @@ class _Watch:
         values = {"job": self.name, "state": str(status.state), "reason": status.reason}
         self.launcher.progress.event("job_preempted" if preempted else "job_state", **values)
 
-    def _pump(self) -> None:
+    def _read(self, pod: Object | None) -> None:
         """New lines of rank 0."""
-        pod = pod_of_node(self.cluster, self.launcher.backend.pods(self.name))
         if pod is None:
             return
         name = str(pod["metadata"]["name"])
@@ -274,6 +274,17 @@ def owner(cluster: Cluster) -> Object | None:
 def label_value(text: str) -> str:
     """A text as the value of a label."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", text)[:63].strip("._-")
+
+
+def _explained(status: Status, pod: Object | None) -> Status:
+    """A job that does not start, with what its first pod waits for."""
+    if status.state is not State.PENDING or status.reason or pod is None:
+        return status
+    told = pod.get("status", {})
+    waiting = [each.get("state", {}).get("waiting", {}) for each in told.get("containerStatuses") or ()]
+    conditions = [each for each in told.get("conditions") or () if each["status"] == "False"]
+    texts = [f"{each.get('reason', '')}: {each.get('message', '')}" for each in (*waiting, *conditions) if each]
+    return Status(State.PENDING, next((text.strip(": ") for text in texts), ""))
 
 
 def _why(workload: Object | None) -> str:
