@@ -15,11 +15,13 @@ from click.testing import CliRunner, Result
 from k2.cli import main
 from k2.config.deployment import Kubeflow
 from k2.errors import StageError, UserError
+from k2.monitoring.run_record import write_stage_record
 from k2.platform import runs
 from k2.platform.api import ApiError, PipelinesApi, UnreachableError
 from k2.platform.render import SPEC_TAG, Rendering
 from k2.platform.runs import cancel, submit, submit_next, watch
 from k2.platform.versions import find_version, prune, upload
+from k2.store.client import Store
 from tests.platform import fake_kubeflow as fake
 from tests.platform.conftest import DEPLOYMENTS
 
@@ -293,6 +295,25 @@ def test_the_next_run_of_a_series(api: PipelinesApi, kubeflow: fake.Kubeflow, ve
     done = k2("submit", "--series", "weekly")
     assert (done.exit_code, done.stdout) == (0, "a run of weekly is going on; nothing was started\n")
     assert k2("submit", "--series", "weekly", "--name", "x").exit_code == 2
+
+
+def test_submit_keeps_to_a_budget(store: Store, kubeflow: fake.Kubeflow, tmp_path: Path) -> None:
+    document = yaml.safe_load(DEPLOYMENT.read_text())
+    for pool in document["pools"].values():
+        pool["cost_per_hour"] = 3600.0
+    (tmp_path / "priced.yaml").write_text(yaml.safe_dump(document))
+    priced = ["--deployment", str(tmp_path / "priced.yaml")]
+    assert CliRunner().invoke(main, ["pipeline", "upload", *priced, "--pipeline", "k2"]).exit_code == 0
+    write_stage_record(store, "before", {"stage": "rl", "status": "done", "wall_s": 30.0})
+    write_stage_record(store, "before", {"stage": "report", "status": "done"})
+    over = CliRunner().invoke(main, ["pipeline", "submit", *priced, "--budget", "59"])
+    assert over.exit_code == 2
+    assert over.stderr.startswith("error: --budget: over budget: 30.00 spent in 30 days and 30.00 for one more run")
+    assert not kubeflow.rows("runs")
+    within = CliRunner().invoke(main, ["pipeline", "submit", *priced, "--budget", "61", "--budget-days", "7"])
+    assert within.exit_code == 0, within.output
+    assert len(kubeflow.rows("runs")) == 1
+    assert "no pool has a price" in k2("submit", "--budget", "10").stderr
 
 
 # Access.

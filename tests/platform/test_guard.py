@@ -1,6 +1,5 @@
 """The first step of scheduled runs, on a real store; and the guarded pipeline by kfp's local runner."""
 
-import json
 import time
 import warnings
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from k2.config.load import load_config
 from k2.errors import UserError
 from k2.execution.digest import artifact_key
 from k2.execution.registry import STAGES
-from k2.monitoring.run_record import read_run
+from k2.monitoring.run_record import month, read_run, write_stage_record
 from k2.platform.guard import DAY_S, first_missing, guard_component, spending
 from k2.store.artifacts import Artifact, ArtifactWriter
 from k2.store.client import Store
@@ -64,8 +63,11 @@ def test_there_is_something_new_until_every_stage_has_its_result(store: Store, m
 
 
 def record(store: Store, run: str, stage: str, started: float, hours: float, **values: Any) -> None:
-    known = {"stage": stage, "status": "done", "cached": False, "started": started, "updated": started + hours * HOUR}
-    store.put(f"runs/{run}/stages/{stage}.json", json.dumps(known | values).encode())
+    """What a run leaves in the store, at another time than now."""
+    with pytest.MonkeyPatch.context() as patch:
+        for now, status in ((started, "running"), (started + hours * HOUR, "done")):
+            patch.setattr("k2.monitoring.run_record.time.time", lambda now=now: now)
+            write_stage_record(store, run, {"stage": stage, "status": status} | values)
 
 
 def test_spending_counts_the_window_the_running_and_not_the_cached(store: Store) -> None:
@@ -84,6 +86,26 @@ def test_spending_counts_the_window_the_running_and_not_the_cached(store: Store)
     assert spent == pytest.approx(20 + 100 + 5, abs=0.1)
     assert last == pytest.approx(120)
     assert spending(store, costs, 0.0)[0] == pytest.approx(135, abs=0.1)
+
+
+def test_spending_reads_what_began_in_its_months_however_many_runs_there_are(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time()
+    for number in range(20):
+        record(store, f"long-ago-{number}", "rl", now - (200 + number) * DAY_S, 1.0)
+    record(store, "recent", "rl", now - 40 * DAY_S, 20 * 24.0)
+    record(store, "recent", "report", now - 20 * DAY_S, 0.0)
+    record(store, "ended-early", "report", now - DAY_S, 0.0)
+    listed, read = [], []
+    plain_list, plain_get = store.list, store.get
+    monkeypatch.setattr(store, "list", lambda prefix: listed.append(prefix) or plain_list(prefix))
+    monkeypatch.setattr(store, "get", lambda name: read.append(name) or plain_get(name))
+    spent, last = spending(store, {"rl": 1.0}, now - 30 * DAY_S)
+    assert spent == pytest.approx(10 * 24.0, abs=0.1)
+    assert last == pytest.approx(20 * 24.0)
+    assert not [name for name in read if "long-ago" in name]
+    assert set(listed) == {*(f"spending/{month(now - days * DAY_S)}/" for days in range(62)), "runs/recent/stages/"}
 
 
 def test_a_budget_leaves_room_for_one_more_run(store: Store) -> None:

@@ -95,6 +95,10 @@ def upload(deployment_file: Path, names: tuple[str, ...], revision: str, as_json
     show_default=True,
     help="What to do while a run of the series is going on.",
 )
+@click.option(
+    "--budget", type=click.FloatRange(0, min_open=True), help="Refuse when the last days and one more run cost more."
+)
+@click.option("--budget-days", type=click.IntRange(1, 366), default=30, show_default=True, help="Days of the budget.")
 @click.option("--watch", "follow", is_flag=True, help="Follow the run to its end, and exit as it does.")
 @json_output
 def submit(
@@ -105,6 +109,8 @@ def submit(
     run_name: str | None,
     series: str | None,
     when_running: "WhenRunning",
+    budget: float | None,
+    budget_days: int,
     follow: bool,
     as_json: bool,
 ) -> None:
@@ -115,8 +121,10 @@ def submit(
 
     if series and run_name:
         raise UserError("--name and --series: a run of a series gets its own name; give one of the two")
-    values = pairs(parameters, "--param")
-    api = connect(_deployment(deployment_file))
+    values, deployment = pairs(parameters, "--param"), _deployment(deployment_file)
+    if budget is not None:
+        _require_budget(deployment, budget, budget_days)
+    api = connect(deployment)
     found = find_version(api, name, version)
     run = submit_next(api, found, values, series, when_running) if series else start(api, found, values, run_name)
     if run is None:
@@ -179,6 +187,17 @@ def connect(deployment: "Deployment") -> "PipelinesApi":
     api = PipelinesApi(deployment.kubeflow)
     api.check()
     return api
+
+
+def _require_budget(deployment: "Deployment", budget: float, days: int) -> None:
+    from k2.platform.guard import within_budget
+    from k2.store.client import Store
+
+    store = Store.from_environment()
+    store.check()
+    fits, sums = within_budget(store, deployment.costs(), budget, days)
+    if not fits:
+        raise UserError(f"--budget: over budget: {sums}; wait, raise it, or make the run smaller")
 
 
 def _follow(api: "PipelinesApi", run_id: str, as_json: bool) -> None:

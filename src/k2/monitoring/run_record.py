@@ -2,6 +2,10 @@
 
 runs/<run>/stages/<stage>.json     the latest state of one stage
 runs/<run>/summary.json            all of them, once the report was made
+spending/<month>/<run>/<stage>.json  when work on a stage began and ended, by the month it began in
+spending/last.json                 the last run that was reported on and had worked
+
+Budgets read the last two, however many runs there are.
 """
 
 import json
@@ -13,6 +17,9 @@ from k2.execution.registry import STAGES
 from k2.masking import masked
 from k2.processes import rank
 from k2.store.client import Store
+
+SPENDING = "spending/"
+LAST = f"{SPENDING}last.json"
 
 StageRecord = Mapping[str, Any]
 """`stage`, `status` (running, done, failed), `wall_s`, `cached`, `artifact` (URI), `metrics`, `error` (`message`,
@@ -34,8 +41,24 @@ def write_stage_record(store: Store, run: str, record: StageRecord) -> None:
     before = None if record["status"] == "running" else store.get(name)
     started = json.loads(before)["started"] if before else now - record.get("wall_s", 0.0)
     known = {"wall_s": round(now - started, 3), "cached": False, "artifact": None, "metrics": {}, "error": None}
-    body = json.dumps({**known, **record, "started": started, "updated": now}, sort_keys=True)
-    store.put(name, masked(body).encode())
+    whole = {**known, **record, "started": started, "updated": now}
+    store.put(name, masked(json.dumps(whole, sort_keys=True)).encode())
+    _note_spending(store, run, whole)
+
+
+def _note_spending(store: Store, run: str, record: StageRecord) -> None:
+    if record["stage"] != "report":
+        entry = {name: record[name] for name in ("stage", "status", "cached", "started", "updated")}
+        store.put(f"{SPENDING}{month(record['started'])}/{run}/{record['stage']}.json", json.dumps(entry).encode())
+    elif record["status"] == "done":
+        others = [each for each in read_run(store, run) if each["stage"] != "report"]
+        if not all(each["cached"] for each in others):
+            store.put(LAST, json.dumps({"run": run}).encode())
+
+
+def month(moment: float) -> str:
+    """The month (UTC) of a Unix time, such as `2026-11`."""
+    return time.strftime("%Y-%m", time.gmtime(moment))
 
 
 def read_run(store: Store, run: str) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,11 +12,15 @@ from k2.errors import StageError, UserError
 from k2.execution.chain import stage_config
 from k2.execution.registry import STAGES
 from k2.execution.runner import lookup
+from k2.monitoring.run_record import LAST, SPENDING, month, read_run
 from k2.processes import end_with_run
 from k2.store.artifacts import Artifact
 from k2.store.client import Store
 
 DAY_S = 86400.0
+
+LONGEST_S = 31 * DAY_S
+"""A stage takes less than this."""
 
 
 def guard_component(
@@ -31,11 +34,8 @@ def guard_component(
         if fresh is None:
             return False, "Nothing new: a result for this data, configuration and code exists."
         if budget > 0:
-            spent, expected = spending(store, json.loads(costs_json), time.time() - budget_days * DAY_S)
-            sums = f"{spent:.2f} spent in {budget_days} days and {expected:.2f} for one more run, of {budget:.2f}"
-            if spent + expected > budget:
-                return False, f"Over budget: {sums}."
-            return True, f"To make: {fresh}. Within budget: {sums}."
+            fits, sums = within_budget(store, json.loads(costs_json), budget, budget_days)
+            return fits, f"To make: {fresh}. Within budget: {sums}." if fits else f"Over budget: {sums}."
         return True, f"To make: {fresh}."
     except (UserError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,10 +56,22 @@ def first_missing(config: K2Config, store: Store) -> str | None:
     return None
 
 
+def within_budget(store: Store, costs: Mapping[str, float], budget: float, days: int) -> tuple[bool, str]:
+    """Whether one more run like the last fits a budget, and the sums; `costs` is stage -> cost of an hour.
+
+    Raises:
+        UserError: `costs` is empty.
+    """
+    spent, expected = spending(store, costs, time.time() - days * DAY_S)
+    sums = f"{spent:.2f} spent in {days} days and {expected:.2f} for one more run, of {budget:.2f}"
+    return spent + expected <= budget, sums
+
+
 def spending(store: Store, costs: Mapping[str, float], since: float) -> tuple[float, float]:
     """What runs have cost since a time (Unix seconds), and what the last finished one cost.
 
-    `costs` is stage -> cost of an hour. Work counts from its start, cached stages cost nothing.
+    `costs` is stage -> cost of an hour. Work counts from its start, cached stages cost nothing. Only what began since
+    then, or up to `LONGEST_S` before, is read, by months.
 
     Raises:
         UserError: `costs` is empty.
@@ -69,20 +81,17 @@ def spending(store: Store, costs: Mapping[str, float], since: float) -> tuple[fl
             "budget: no pool has a price, so nothing would ever count; set pools.<name>.cost_per_hour in the"
             " deployment file and upload the pipeline again"
         )
-    by_run: dict[str, list[str]] = defaultdict(list)
-    for info in store.list("runs/"):
-        _, run, *rest = info.name.split("/")
-        if rest[:1] == ["stages"]:
-            by_run[run].append(info.name)
-    spent, last, finished = 0.0, 0.0, 0.0
-    for names in by_run.values():
-        records = [json.loads(body) for name in names if (body := store.get(name)) is not None]
-        spent += sum(_cost(record, costs, since) for record in records)
-        ended = max((record["updated"] for record in records if record["stage"] == "report"), default=0.0)
-        whole = sum(_cost(record, costs, 0.0) for record in records)
-        if ended > finished and whole > 0:
-            last, finished = whole, ended
-    return spent, last
+    names = [info.name for each in _months(since - LONGEST_S) for info in store.list(f"{SPENDING}{each}/")]
+    spent = sum(_cost(json.loads(body), costs, since) for name in names if (body := store.get(name)) is not None)
+    last = store.get(LAST)
+    records = read_run(store, json.loads(last)["run"]) if last else []
+    return spent, sum(_cost(record, costs, 0.0) for record in records)
+
+
+def _months(since: float) -> list[str]:
+    """Every month from one moment to now."""
+    days = range(int(since // DAY_S), int(time.time() // DAY_S) + 1)
+    return sorted({month(day * DAY_S) for day in days})
 
 
 def _cost(record: Mapping[str, Any], costs: Mapping[str, float], since: float) -> float:

@@ -172,7 +172,7 @@ def _add_root(store: Store, found: Inventory, info: ObjectInfo) -> None:
     elif folder == "aliases":
         body = store.get(info.name)
         found.aliases |= {rest.removesuffix(".json"): json.loads(body)["uri"]} if body else {}
-    elif folder not in ("gc", "scores"):
+    elif folder not in ("gc", "scores", "spending"):
         found.foreign.append(info)
 
 
