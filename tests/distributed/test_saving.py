@@ -23,12 +23,12 @@ ROOT = Path(__file__).parents[2]
 TWO = ["1.1.2", "1.2.1", "2.1.1"]
 
 
-def launch(ranks: int, folder: Path, tasks: list[str]) -> int:
-    """Run `saving.py` on so many processes; returns the exit code."""
+def launch(ranks: int, folder: Path, tasks: list[str], program: str = "saving.py") -> int:
+    """Run a program on so many processes; returns the exit code."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [*command, str(ROOT / "tests/distributed/saving.py"), str(folder), *tasks],
+        [*command, str(ROOT / "tests/distributed" / program), str(folder), *tasks],
         env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     (folder / "stderr").write_text(run.stderr)

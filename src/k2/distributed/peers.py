@@ -26,10 +26,14 @@ def from_first(value: T) -> T:
     return box[0]
 
 
+def from_all(value: T) -> list[T]:
+    """What every rank passes in, by rank."""
+    found = [value] * size()
+    if dist.is_initialized():
+        dist.all_gather_object(found, value)
+    return found
+
+
 def first_problem(problem: str | None) -> str | None:
     """The problem of the first rank that has one; all ranks get the same answer."""
-    if not dist.is_initialized():
-        return problem
-    found: list[str | None] = [None] * size()
-    dist.all_gather_object(found, problem)
-    return next((each for each in found if each is not None), None)
+    return next((each for each in from_all(problem) if each is not None), None)

@@ -10,10 +10,11 @@ from itertools import chain
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from k2.model.hf import part
-from k2.model.layout import LogicalTensor
+from k2.model.layout import LogicalTensor, logical_tensors
+from k2.model.transformer import Transformer
 
 ALIGNMENT = 16
 """Bytes that every piece of a bucket starts at a multiple of, so that it can be viewed in its own type."""
@@ -27,12 +28,14 @@ class Piece:
     key: such as `momentum/model.layers.3.mlp.experts.7.up_proj.weight`.
     tensor: a view; its first axis is the rows `start`, `start + 1`, ... of the whole.
     shape: of the whole.
+    columns: of the whole that it has, where an inference engine divides a matrix by them; None for all.
     """
 
     key: str
     tensor: Tensor
     shape: tuple[int, ...]
     start: int = 0
+    columns: slice | None = None
 
     @property
     def stop(self) -> int:
@@ -41,7 +44,7 @@ class Piece:
 
     def rows(self, start: int, stop: int) -> "Piece":
         """The part of it that is the whole tensor's rows from `start` to `stop`."""
-        return Piece(self.key, self.tensor[start - self.start : stop - self.start], self.shape, start)
+        return Piece(self.key, self.tensor[start - self.start : stop - self.start], self.shape, start, self.columns)
 
 
 def pieces_of(
@@ -69,10 +72,10 @@ def whole(key: str, tensor: Tensor) -> Piece:
     return Piece(key, tensor.reshape(1) if tensor.dim() == 0 else tensor, tuple(tensor.shape) or (1,))
 
 
-def weights(parameters: Mapping[str, nn.Parameter], layout: Iterable[LogicalTensor]) -> list[Piece]:
-    """The weights of a model, or of one rank's shards."""
-    layout = list(layout)
-    return pieces_of(parameters, layout, {tensor.name: tensor.shape for tensor in layout}, WEIGHT)
+def weights(model: Transformer) -> list[Piece]:
+    """The weights and selection biases of a whole model, or of some layers of it."""
+    tensors = logical_tensors(model.config)
+    return pieces_of(model.state_dict(), tensors, {tensor.name: tensor.shape for tensor in tensors}, WEIGHT)
 
 
 def nbytes(tensor: Tensor) -> int:
@@ -88,7 +91,7 @@ class Bucket:
     offsets: tuple[int, ...]
     size: int
 
-    def views(self, buffer: Tensor, dtype: torch.dtype | None = None) -> Iterator[tuple[Piece, Tensor]]:
+    def views(self, buffer: Tensor) -> Iterator[tuple[Piece, Tensor]]:
         """Every piece with its place in the bytes `buffer`, in the piece's own shape and type."""
         for piece, offset in zip(self.pieces, self.offsets, strict=True):
             yield piece, values(buffer, offset, piece.tensor.dtype, tuple(piece.tensor.shape))
