@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from k2.distributed.watchdog import collective
 from k2.model.moe import Experts, MixtureOfExperts, Routing, arrange
 
 
@@ -31,7 +32,8 @@ class Flight:
 
     def land(self) -> Tensor:
         """The rows, once all are there."""
-        self._work.wait()
+        with collective("tokens to and from their experts"):
+            self._work.wait()
         return self.rows
 
 
@@ -140,7 +142,8 @@ class ExpertParallel:
         counts = [count for group in blocks.groups for count in group.counts]
         sent_PE = torch.tensor(counts, device=x_TD.device).view(self._group.size(), -1)
         received_PE = torch.empty_like(sent_PE)
-        dist.all_to_all_single(received_PE, sent_PE, group=self._group)
+        with collective("numbers of tokens"):
+            dist.all_to_all_single(received_PE, sent_PE, group=self._group)
         sizes = sent_PE.sum(1).tolist(), received_PE.sum(1).tolist()
         tokens = Journey(Exchange(self._group, blocks.tokens_N, blocks.slots_TS, *sizes))
         pairs = Journey(Exchange(self._group, blocks.source_N, blocks.slots_TS.view(-1, 1), *sizes))

@@ -11,11 +11,16 @@ PATIENCE = timedelta(days=7)
 """How long a rank waits for word from another: the first one may be waiting for a lease, and dies with all others."""
 
 
-@cache
-def meeting_point() -> Store:
-    """The store that the ranks of this attempt share; torchrun's environment says where it is."""
+def connect() -> Store:
+    """A connection to the store that the ranks of this attempt share; torchrun's environment says where it is."""
     store, _, _ = next(rendezvous("env://"))
     return PrefixStore(f"k2/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@cache
+def meeting_point() -> Store:
+    """This process's connection. Whoever waits in it keeps its other users waiting; threads have their own."""
+    return connect()
 
 
 def tell(name: str, word: str) -> None:

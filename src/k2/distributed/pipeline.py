@@ -18,6 +18,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleMulti, Pipeli
 
 from k2.config.model import ModelConfig
 from k2.distributed.mesh import Mesh
+from k2.distributed.watchdog import collective, working
 from k2.model.transformer import Statistics, Transformer
 from k2.planner.layout import layers_of_chunks
 from k2.training.batches import NextTokenLoss, TokenBatch
@@ -47,7 +48,8 @@ class Slice(nn.Module):
 
     def forward(self, inputs: Tensor, targets_BL: Tensor, documents_BL: Tensor | None = None) -> Tensor:
         """Tokens [B, L] or hidden states [B, L, D] to hidden states."""
-        hidden_BLD, loss = self._loss_fn.through(self.model, TokenBatch(inputs, targets_BL, documents_BL))
+        with working():
+            hidden_BLD, loss = self._loss_fn.through(self.model, TokenBatch(inputs, targets_BL, documents_BL))
         statistics = _spread(self.model, loss.statistics)
         self._losses.append((0, replace(loss, total=loss.total.detach(), statistics=statistics)))
         if loss.total.requires_grad:
@@ -121,14 +123,13 @@ class Pipeline:
     def losses(self, batches: Sequence[TokenBatch]) -> list[tuple[int, Loss]]:
         """Pass the micro-batches through, and back where gradients are enabled: tokens and loss, part by part."""
         self._losses.clear()
-        tokens, targets = (torch.cat([getattr(b, name) for b in batches]) for name in ("tokens_BL", "targets_BL"))
-        documents = [batch.documents_BL for batch in batches if batch.documents_BL is not None]
-        inputs = (tokens,) if self._first else ()
-        keywords: dict[str, Any] = {"targets_BL": targets} | (
-            {"documents_BL": torch.cat(documents)} if documents else {}
-        )
+        inputs = (torch.cat([batch.tokens_BL for batch in batches]),) if self._first else ()
+        keywords: dict[str, Any] = {"targets_BL": torch.cat([batch.targets_BL for batch in batches])}
+        if documents := [batch.documents_BL for batch in batches if batch.documents_BL is not None]:
+            keywords["documents_BL"] = torch.cat(documents)
         run = self._schedule.step if torch.is_grad_enabled() else self._schedule.eval
-        run(*inputs, target=targets if self._last else None, return_outputs=False, **keywords)
+        with collective("the pipeline's schedule"):
+            run(*inputs, target=keywords["targets_BL"] if self._last else None, return_outputs=False, **keywords)
         return self._losses
 
 

@@ -17,13 +17,15 @@ from k2.distributed.expert import divide_experts, local_experts
 from k2.distributed.mesh import Mesh
 from k2.distributed.ownership import local_layout, owners, shard_layout
 from k2.distributed.pipeline import Pipeline, keep_layers
+from k2.distributed.slow import SlowRanks
+from k2.distributed.watchdog import HERE, collective, working
 from k2.distributed.zero import Replicas
 from k2.errors import UserError
 from k2.model.layout import LogicalTensor, logical_tensors
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
 from k2.training.batches import NextTokenLoss, TokenBatch
-from k2.training.loop import Loss, LossFn, one_by_one
+from k2.training.loop import Aftermath, Loss, LossFn, one_by_one
 from k2.training.state import BatchT
 
 
@@ -36,6 +38,7 @@ class DistributedPlan:
     def __init__(self, mesh: Mesh, model: Transformer) -> None:
         self._mesh, self._model, self.layout = mesh, model, mesh.layout
         self._pipeline: tuple[Any, Pipeline] | None = None
+        self._slow = SlowRanks(mesh.layout.data_parallel)
         self._layout = logical_tensors(model.config)
         keep_layers(model, mesh)
         divide_experts(model, mesh.experts)
@@ -79,7 +82,7 @@ class DistributedPlan:
     ) -> Iterable[tuple[int, Loss]]:
         """Micro-batches one by one, or through the pipeline: all of one shape, and with the next-token loss."""
         if self.layout.pp == 1:
-            return one_by_one(model, batches, loss_fn)
+            return self._alone(model, batches, loss_fn)
         found = [batch for batch in batches if isinstance(batch, TokenBatch)]
         assert isinstance(loss_fn, NextTokenLoss), "only this loss is divided over pipeline stages"
         key = model.config, loss_fn, len(found), found[0].tokens_BL.shape, torch.is_grad_enabled()
@@ -87,27 +90,37 @@ class DistributedPlan:
             self._pipeline = key, Pipeline(self._mesh, model, loss_fn, found)
         return self._pipeline[1].losses(found)
 
+    def _alone(
+        self, model: Transformer, batches: Iterable[BatchT], loss_fn: LossFn[BatchT]
+    ) -> Iterator[tuple[int, Loss]]:
+        with working():
+            yield from one_by_one(model, batches, loss_fn)
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum each tensor over all ranks, in place."""
-        for tensor in tensors:
-            dist.all_reduce(tensor, group=self._mesh.everyone)
+        with collective("sums"):
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=self._mesh.everyone)
 
     def max_(self, tensor: Tensor) -> None:
         """Maximum over all ranks, in place."""
-        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._mesh.everyone)
+        with collective("maxima"):
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._mesh.everyone)
 
     def reduce_gradients(self) -> None:
         """Give the owner of every shard the sum of all ranks' gradients.
 
         An expert's gradient already has the tokens of all ranks that exchange tokens; its replicas add theirs.
         """
-        for replicas in self._replicas:
-            replicas.reduce()
+        with collective("gradients to their owners"):
+            for replicas in self._replicas:
+                replicas.reduce()
 
     def share_weights(self) -> None:
         """Bring every owner's weights to all ranks that hold them."""
-        for replicas in self._replicas:
-            replicas.gather()
+        with collective("weights from their owners"):
+            for replicas in self._replicas:
+                replicas.gather()
 
     def share_update(self, optimizer: MuonClip) -> None:
         """Bring every owner's weights to all ranks that hold them; the RMS of the update becomes that of all values."""
@@ -116,6 +129,15 @@ class DistributedPlan:
         sums = torch.tensor([optimizer.update_rms**2 * values, values], dtype=torch.float64)
         self.sum_([sums])
         optimizer.update_rms = float((sums[0] / sums[1].clamp(min=1)).sqrt())
+
+    def after(self, step: int) -> Aftermath:
+        """End a step: agree whether to end the run, and compare how long the ranks of a stage computed."""
+        HERE.step, mine, HERE.working_s = step, HERE.working_s, 0.0
+        found = torch.zeros(self._mesh.world_size + 1, dtype=torch.float64)
+        found[self._mesh.rank], found[-1] = mine, HERE.told_to_end
+        self.max_(found)
+        *seconds, ends = found.tolist()
+        return Aftermath(bool(ends), self._slow.update(seconds))
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from k2.config.pretrain import PretrainConfig
 from k2.data.loader import TokenLoader
 from k2.distributed.checkpoint import ShardedCheckpoints
 from k2.distributed.plan import DistributedPlan
+from k2.distributed.watchdog import Watchdog
 from k2.execution.contract import Progress, StageResult
 from k2.execution.digest import code_digest
 from k2.model import hf
@@ -50,7 +52,8 @@ def run(
         plan.layout.data_parallel,
     )
     heldout = np.load(tokens.path("heldout/tokens.npy"), mmap_mode="r")
-    pretrain(config, state, plan, loader, heldout, _checkpoints(config, plan, output), progress)
+    with nullcontext() if mesh is None else Watchdog(mesh.rank, mesh.world_size, config.parallel.hang_timeout_s):
+        pretrain(config, state, plan, loader, heldout, _checkpoints(config, plan, output), progress)
     if model := plan.gathered(state.model):
         _write(config, state, model, tokens, output)
     return StageResult(output.publish(**_metrics(state)))

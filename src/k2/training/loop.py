@@ -8,7 +8,7 @@ Letters in shapes: M layers with experts, E experts.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -52,6 +52,18 @@ class LossFn(Protocol[BatchT_contra]):
         """The summed loss of one micro-batch."""
 
 
+@dataclass(frozen=True)
+class Aftermath:
+    """What the ranks found out about each other in a step.
+
+    ends: some rank was told to end.
+    slow: which ranks computed much longer than others with the same work, or None.
+    """
+
+    ends: bool = False
+    slow: str | None = None
+
+
 class ParallelPlan(Protocol):
     """How the ranks of a run share one step. Every trained value is in exactly one rank's optimizer.
 
@@ -85,6 +97,9 @@ class ParallelPlan(Protocol):
     def share_update(self, optimizer: MuonClip) -> None:
         """Bring every rank's update to the ranks that compute with those weights, and make its RMS that of all."""
 
+    def after(self, step: int) -> Aftermath:
+        """End step number `step`; the same answer on all ranks."""
+
     def gathered(self, model: Transformer) -> Transformer | None:
         """The whole model, of which `model` is this rank's part, on the first rank; None on the others."""
 
@@ -111,6 +126,10 @@ class SingleProcess:
 
     def share_update(self, optimizer: MuonClip) -> None:
         """The weights are already where they are used."""
+
+    def after(self, step: int) -> Aftermath:
+        """One rank has nobody to wait for."""
+        return Aftermath()
 
     def gathered(self, model: Transformer) -> Transformer:
         """One rank's part is the model."""
@@ -274,10 +293,23 @@ def train(
     Raises:
         StageError: as `train_step`.
     """
+    plan = plan or SingleProcess()
     while state.step < until:
         report = train_step(state, source.next_step(), loss_fn, lr, plan)
         state.history.add(report.row())
         show(state, report, total or until, progress)
         measure_spectrum(state, progress)
+        found = plan.after(state.step)
+        if found.slow:
+            progress.event("slow_rank", step=state.step, ranks=found.slow)
         if checkpoints is not None and checkpoints.step(state, source):
             progress.event("checkpoint", step=state.step)
+        if found.ends:
+            _end(state, source, checkpoints)
+
+
+def _end(state: TrainState, source: Source[BatchT], checkpoints: Saver | None) -> NoReturn:
+    """Leave before the time of grace is over, with everything saved."""
+    if checkpoints is not None:
+        checkpoints.save(state, source)
+    raise StageError(f"told to end after step {state.step}; started again, it goes on from there")

@@ -41,6 +41,9 @@ class Saver(Protocol):
     def step(self, state: "TrainState", source: Source[Any]) -> bool:
         """Save if it is time to; returns whether it was."""
 
+    def save(self, state: "TrainState", source: Source[Any]) -> None:
+        """Save now, and return when it is committed."""
+
     def restore(self, state: "TrainState", source: Source[Any]) -> bool:
         """Bring state and source to the newest intact checkpoint; False when there is none."""
 
