@@ -3,6 +3,7 @@
 The checkpoint engine's scheme (Kimi K2 report, section 3.3): every owner packs its weights into buckets and broadcasts
 them to all ranks, which take what they need; simpler than sending each rank its own, and faster for less waiting. While
 a bucket is under way the one before is unpacked and the next is packed. Each carries the version and a checksum.
+Within one process nothing travels, and weights are copied straight to where they are wanted.
 """
 
 from collections import defaultdict
@@ -17,8 +18,8 @@ from k2.distributed import peers
 from k2.distributed.pieces import Bucket, Piece, buckets
 from k2.errors import StageError
 
-LOCAL_BYTES, REMOTE_BYTES = 1 << 20, 64 << 20
-"""Bytes of a bucket: within one process small enough for a cache, between ranks enough to keep a link busy."""
+BUCKET_BYTES = 64 << 20
+"""Bytes of a bucket, at most: enough to keep a link busy."""
 SEGMENT = 8192
 """Words of 8 bytes that a checksum adds up at a time; a bucket's memory is a multiple of them."""
 TRAILER = 16
@@ -37,7 +38,7 @@ class WeightSync:
     Args:
         sources: the weights that this rank owns; where several ranks have the same rows, the first one sends them.
         targets: what this rank's inference engine wants, any rows and columns.
-        dtype: what matrices travel in; None leaves them as they are. Vectors do not change.
+        dtype: what matrices travel in between processes; None leaves them as they are. Vectors do not change.
         limit: bytes of a bucket.
     Raises:
         StageError: nobody sends something that a target wants.
@@ -45,22 +46,19 @@ class WeightSync:
 
     def __init__(
         self, sources: Iterable[Piece], targets: Iterable[Piece], dtype: torch.dtype | None = None,
-        limit: int | None = None,
+        limit: int = BUCKET_BYTES,
     ) -> None:  # fmt: skip
         self.version: int | None = None
-        sources = list(sources)
+        # In the order of memory, what lies together is copied together.
+        sources = sorted(sources, key=lambda piece: piece.tensor.data_ptr())
         self._own: dict[str, list[Piece]] = defaultdict(list)
         for piece in sources:
             self._own[piece.key].append(piece)
-        described = peers.from_all([_described(piece, dtype) for piece in sources])
-        limit = limit or (LOCAL_BYTES if peers.size() == 1 else REMOTE_BYTES)
-        self._schedule = list(_in_turns(described, limit))
+        self._schedule = list(_in_turns(peers.from_all([_described(piece, dtype) for piece in sources]), limit))
         self.bytes = sum(bucket.size for _, bucket in self._schedule)
-        device = sources[0].tensor.device if sources else torch.device("cpu")
-        longest = max((_padded(bucket.size) for _, bucket in self._schedule), default=0)
-        buffers = [torch.zeros(longest + TRAILER, dtype=torch.uint8, device=device) for _ in range(2)]
-        self._memory = [buffers[i % 2][: _padded(b.size) + TRAILER] for i, (_, b) in enumerate(self._schedule)]
-        self._pack = [self._packing(number) for number in range(len(self._schedule))]
+        self._alone = peers.size() == 1
+        self._memory = [] if self._alone else self._buffers(sources[0].tensor.device if sources else None)
+        self._pack = [self._packing(number) for number in range(len(self._memory))]
         self._unpack = self._unpacking(list(targets))
 
     @torch.no_grad()
@@ -84,14 +82,13 @@ class WeightSync:
         self.version = version
 
     def _depart(self, number: int, version: int) -> dist.Work | None:
-        """Pack a bucket and send it off; within one process it is there at once, and nothing happens on its way."""
+        """Pack a bucket and send it off."""
+        if self._alone:
+            _copy(*self._unpack[number])
+            return None
         owner, memory = self._schedule[number][0], self._memory[number]
         if owner == peers.rank():
             _copy(*self._pack[number])
-        if peers.size() == 1:
-            _copy(*self._unpack[number])
-            return None
-        if owner == peers.rank():
             memory[-TRAILER:].view(torch.int64).copy_(_trailer(memory, version))
         work: dist.Work = dist.broadcast(memory, src=owner, async_op=True)
         return work
@@ -105,42 +102,53 @@ class WeightSync:
         _copy(*self._unpack[number])
         return None
 
+    def _buffers(self, device: torch.device | None) -> list[Tensor]:
+        """Memory of every bucket and its trailer; two that are used in turn."""
+        sizes = [_padded(bucket.size) + TRAILER for _, bucket in self._schedule]
+        both = [torch.zeros(max(sizes, default=0), dtype=torch.uint8, device=device) for _ in range(2)]
+        return [both[number % 2][:size] for number, size in enumerate(sizes)]
+
     def _packing(self, number: int) -> Copies:
         owner, bucket = self._schedule[number]
         if owner != peers.rank():
             return [], []
-        places, sources = [], []
-        for piece, view in bucket.views(self._memory[number]):
-            own = next(own for own in self._own[piece.key] if own.start <= piece.start < own.stop)
-            places.append(view)
-            sources.append(own.rows(piece.start, piece.stop).tensor)
-        return places, sources
+        return _joined((view, self._rows(piece)) for piece, view in bucket.views(self._memory[number]))
+
+    def _rows(self, piece: Piece) -> Tensor:
+        """This rank's memory of a piece that it described."""
+        own = next(own for own in self._own[piece.key] if own.start <= piece.start < own.stop)
+        return own.rows(piece.start, piece.stop).tensor
+
+    def _arrived(self, number: int) -> Iterator[tuple[Piece, Tensor]]:
+        """The pieces of a bucket, and where their values are when it is there."""
+        bucket = self._schedule[number][1]
+        if self._alone:
+            return ((piece, self._rows(piece)) for piece in bucket.pieces)
+        return bucket.views(self._memory[number])
 
     def _unpacking(self, targets: Sequence[Piece]) -> list[Copies]:
         wanted: dict[str, list[Piece]] = defaultdict(list)
         missing = {id(target): len(target.tensor) for target in targets}
         for target in targets:
             wanted[target.key].append(target)
-        packed = [bucket for _, bucket in self._schedule]
-        found = [_taking(bucket, memory, wanted, missing) for bucket, memory in zip(packed, self._memory, strict=True)]
+        found = [_joined(_taking(self._arrived(i), wanted, missing)) for i in range(len(self._schedule))]
         lacking = next((f"nobody sends all of {target.key}" for target in targets if missing[id(target)]), None)
         if (problem := peers.first_problem(lacking)) is not None:
             raise StageError(f"weight synchronisation: {problem}")
         return found
 
 
-def _taking(bucket: Bucket, memory: Tensor, wanted: Mapping[str, Sequence[Piece]], missing: dict[int, int]) -> Copies:
-    """What targets take from a bucket; `missing` counts the rows that they still need."""
-    into, views = [], []
-    for piece, view in bucket.views(memory):
+def _taking(
+    arrived: Iterable[tuple[Piece, Tensor]], wanted: Mapping[str, Sequence[Piece]], missing: dict[int, int]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What targets take of some pieces, and from where; `missing` counts the rows that they still need."""
+    for piece, values in arrived:
         for target in wanted.get(piece.key, ()):
             low, high = max(piece.start, target.start), min(piece.stop, target.stop)
             if low < high:
-                rows = view[low - piece.start : high - piece.start]
-                into.append(target.rows(low, high).tensor)
-                views.append(rows if target.columns is None else rows[:, target.columns])
                 missing[id(target)] -= high - low
-    return into, views
+                rows = values[low - piece.start : high - piece.start]
+                yield target.rows(low, high).tensor, rows if target.columns is None else rows[:, target.columns]
 
 
 def _described(piece: Piece, dtype: torch.dtype | None) -> Piece:
@@ -158,6 +166,27 @@ def _in_turns(described: Sequence[Sequence[Piece]], limit: int) -> Iterator[tupl
         seen |= {(piece.key, piece.start) for piece in fresh}
         lists.append([(rank, bucket) for bucket in buckets(fresh, limit)])
     return (turn for turn in chain.from_iterable(zip_longest(*lists)) if turn is not None)
+
+
+def _joined(copies: Iterable[tuple[Tensor, Tensor]]) -> Copies:
+    """The same copies, those together that are neighbours in memory on both sides."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for place, values in copies:
+        if found and _follows(found[-1][0], place) and _follows(found[-1][1], values):
+            found[-1] = _longer(found[-1][0], place), _longer(found[-1][1], values)
+        else:
+            found.append((place, values))
+    return [place for place, _ in found], [values for _, values in found]
+
+
+def _follows(first: Tensor, then: Tensor) -> bool:
+    together = first.is_contiguous() and then.is_contiguous() and first.dtype == then.dtype
+    same = first.untyped_storage()._cdata == then.untyped_storage()._cdata
+    return together and same and first.storage_offset() + first.numel() == then.storage_offset()
+
+
+def _longer(first: Tensor, then: Tensor) -> Tensor:
+    return first.as_strided((first.numel() + then.numel(),), (1,), first.storage_offset())
 
 
 def _copy(into: list[Tensor], source: list[Tensor]) -> None:
