@@ -14,7 +14,22 @@ from kfp.dsl.structures import ResourceSpec
 from k2.config.deployment import Deployment, Placement, Pool
 from k2.config.quantity import mebibytes
 from k2.execution.registry import STAGES
-from k2.platform.pods import CA_FOLDER, LAUNCH_VARIABLE, SCRATCH, environment, labels, secret_variables
+from k2.platform.pods import (
+    CA_FOLDER,
+    JOBS_VARIABLE,
+    LAUNCH_VARIABLE,
+    POD_VARIABLE,
+    SCRATCH,
+    environment,
+    labels,
+    secret_variables,
+)
+
+EXIT_TASK = "report"
+"""The exit handler, which deletes what a run launched and did not end."""
+
+MARGIN_S = 600
+"""Seconds of a launcher beyond its job's waiting and working, for an API server that is slow to answer."""
 
 TITLES = {"configure": "Validate the configuration", "guard": "Is there anything to do, and money for it?"}
 
@@ -50,12 +65,16 @@ def place(task: PipelineTask, name: str) -> PipelineTask:
     if here.pool.launch != "pod":
         launch = {LAUNCH_VARIABLE: here.model_dump_json(exclude_defaults=True)}
         here = _launcher(deployment, here)
+    elif name == EXIT_TASK and deployment.job_kinds():
+        launch = {JOBS_VARIABLE: ",".join(deployment.job_kinds())}
     container = task.container_spec
     # kfp's setters inspect the whole call stack each time, which would be most of the time of compiling.
     container.image, container.resources, container.env = here.image, _resources(here.pool), environment(here) | launch
     _schedule(task, here)
     _secure(task, here)
     _mount(task, here)
+    if launch:
+        _know_itself(task)
     return task
 
 
@@ -63,7 +82,14 @@ def _launcher(deployment: Deployment, job: Placement) -> Placement:
     """The small pod that starts a job and follows it: it outlasts the job's wait and work."""
     pool = deployment.pools[deployment.default_pool]
     changes = {"pool": pool, "pool_name": deployment.default_pool, "image": deployment.images[pool.image]}
-    return job.model_copy(update={**changes, "timeout_s": job.timeout_s + job.queue_timeout_s})
+    return job.model_copy(update={**changes, "timeout_s": job.timeout_s + job.queue_timeout_s + MARGIN_S})
+
+
+def _know_itself(task: PipelineTask) -> None:
+    """The pod's name, by which it finds its workflow: the owner of the jobs."""
+    from kfp import kubernetes
+
+    kubernetes.use_field_path_as_env(task, POD_VARIABLE, "metadata.name")
 
 
 def _resources(pool: Pool) -> ResourceSpec:

@@ -27,6 +27,7 @@ FAST = Times(poll_s=0.02, flush_s=0.1, admission_s=0.3, deletion_s=2.0)
 KEY = "0" * 64
 WORK = Work(run="nightly 1", stage="tokenize", config={}, inputs={}, key=KEY)
 JOBS = "/apis/batch/v1/namespaces/ml/jobs"
+TRAIN_JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/ml/trainjobs"
 WORKFLOWS = "/apis/argoproj.io/v1alpha1/namespaces/ml/workflows"
 WORKLOADS = "/apis/kueue.x-k8s.io/v1beta2/namespaces/ml/workloads"
 NAME = "k2-tokenize-0000000000-1"
@@ -83,9 +84,7 @@ def owned(kubernetes: FakeKubernetes, monkeypatch: pytest.MonkeyPatch) -> Callab
     def make(run: str) -> None:
         if f"{WORKFLOWS}/{run}" not in kubernetes.objects:
             kubernetes.add(WORKFLOWS, {"metadata": {"name": run}, "status": {"phase": "Running"}})
-        uid = kubernetes.objects[f"{WORKFLOWS}/{run}"]["metadata"]["uid"]
-        owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": run, "uid": uid, "controller": True}
-        pod = {"metadata": {"name": f"{run}-step", "ownerReferences": [owner]}, "spec": {}}
+        pod = {"metadata": {"name": f"{run}-step", "ownerReferences": [owner_of_run(kubernetes, run)]}, "spec": {}}
         kubernetes.add("/api/v1/namespaces/ml/pods", pod)
         monkeypatch.setenv("K2_POD_NAME", f"{run}-step")
 
@@ -191,11 +190,13 @@ def test_a_step_that_is_run_again_adopts_its_live_job(
 
 
 def owned_metadata(kubernetes: FakeKubernetes, launcher: Launcher, run: str = "run-a", **digest: str) -> dict[str, Any]:
-    uid = kubernetes.objects[f"{WORKFLOWS}/{run}"]["metadata"]["uid"]
-    metadata = job_of(launcher)["metadata"]
-    owner = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": run, "uid": uid}
     changed = {"annotations": {"k2.dev/spec-digest": digest["digest"]}} if digest else {}
-    return metadata | {"ownerReferences": [owner]} | changed
+    return job_of(launcher)["metadata"] | {"ownerReferences": [owner_of_run(kubernetes, run)]} | changed
+
+
+def owner_of_run(kubernetes: FakeKubernetes, run: str) -> dict[str, str]:
+    uid = str(kubernetes.objects[f"{WORKFLOWS}/{run}"]["metadata"]["uid"])
+    return {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": run, "uid": uid}
 
 
 @pytest.mark.parametrize("why", ["failed", "other spec", "complete without a result", "of a run that has ended"])

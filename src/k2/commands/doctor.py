@@ -32,14 +32,13 @@ NATIVE = "pipelines.kubeflow.org/v2beta1"
 """Served only where Kubeflow Pipelines keeps pipelines as Kubernetes resources."""
 
 NEEDED = (
-    ("trainer.kubeflow.org", "trainjobs", ("create", "delete", "get", "list", "patch", "watch")),
-    ("batch", "jobs", ("create", "delete", "get", "list", "patch", "watch")),
-    ("", "services", ("create", "delete", "get")),
-    ("", "pods", ("get", "list", "watch")),
+    ("trainer.kubeflow.org", "trainjobs", ("create", "delete", "get", "list")),
+    ("batch", "jobs", ("create", "delete", "get", "list")),
+    ("", "services", ("create", "get")),
+    ("", "pods", ("get", "list")),
     ("", "pods/log", ("get",)),
-    ("", "events", ("get", "list", "watch")),
-    ("kueue.x-k8s.io", "workloads", ("get", "list")),
-    ("kueue.x-k8s.io", "localqueues", ("get", "list")),
+    ("kueue.x-k8s.io", "workloads", ("list",)),
+    ("kueue.x-k8s.io", "localqueues", ("get",)),
     ("argoproj.io", "workflows", ("get",)),
 )
 """What a launcher step does: API group, resource, verbs. The Role k2-launcher grants exactly this."""
@@ -102,7 +101,9 @@ def inspect_cluster(namespace: str, account: str | None, deployment: "Deployment
     from kubernetes import client  # type: ignore[import-untyped]
     from urllib3.exceptions import HTTPError
 
-    api = _connect(f"system:serviceaccount:{namespace}:{account}" if account else None)
+    from k2.launch.cluster import connect
+
+    api = connect(f"system:serviceaccount:{namespace}:{account}" if account else None)
     try:
         version = client.VersionApi(api).get_code(_request_timeout=TIMEOUT_S)
         served = _served(api)
@@ -115,24 +116,6 @@ def inspect_cluster(namespace: str, account: str | None, deployment: "Deployment
             yield from _names(api, namespace, deployment)
     except (client.ApiException, HTTPError) as error:
         raise UserError(f"{api.configuration.host}: {_one_line(error)}; check the credentials and --account") from None
-
-
-def _connect(user: str | None) -> Any:
-    from kubernetes import client, config
-
-    try:
-        config.load_incluster_config()
-    except config.ConfigException:
-        try:
-            config.load_kube_config()
-        except config.ConfigException as error:
-            raise UserError(f"no credentials for a cluster: {error}; set KUBECONFIG or run inside one") from None
-    settings = client.Configuration.get_default_copy()
-    settings.retries = False
-    api = client.ApiClient(settings)
-    if user:
-        api.set_default_header("Impersonate-User", user)
-    return api
 
 
 def _served(api: Any) -> set[str]:

@@ -275,6 +275,11 @@ class Deployment(Section):
         hourly = {name: self.pools[self.pool_of(name)] for name in STAGE_NAMES}
         return {name: pool.nodes * pool.cost_per_hour for name, pool in hourly.items() if pool.cost_per_hour}
 
+    def job_kinds(self) -> list[str]:
+        """How the stages that run as jobs are launched."""
+        pools = (self.pools[self.pool_of(stage)] for stage in STAGE_NAMES)
+        return sorted({pool.launch for pool in pools} - {"pod"})
+
     def _unknown_names(self) -> Iterator[str]:
         uses = {"default_pool": self.default_pool} | {f"stages.{stage}": pool for stage, pool in self.stages.items()}
         for field, named in uses.items():
@@ -317,7 +322,7 @@ class Deployment(Section):
                 fields = ", ".join(pool.job_only())
                 yield f"pools.{name}: a Kubeflow pod cannot have {fields}; set pools.{name}.launch: job"
             if pool.launch == "trainjob" and pool.runtime_class:
-                yield f"pools.{name}.runtime_class: a TrainJob's pods have their runtime's; set it there, or launch: job"
+                yield f"pools.{name}.runtime_class: pods of a TrainJob have their runtime's; set it there"
             if pool.queue in self.queues:
                 yield from _beyond_quota(name, pool, self.queues[pool.queue])
 

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import logging
+import os
 import sys
 import traceback
 from collections.abc import Mapping
@@ -16,9 +18,15 @@ from k2.execution.runner import Outcome, execute
 from k2.masking import install, masked
 from k2.monitoring.events import progress_for
 from k2.monitoring.run_record import write_stage_record
+from k2.platform.pods import JOBS_VARIABLE
 from k2.processes import end_with_run
 from k2.store.artifacts import Artifact, Manifest
 from k2.store.client import Store
+
+log = logging.getLogger(__name__)
+
+CLEANUP_S = 120.0
+"""Seconds that the exit task waits for an API server which does not answer."""
 
 
 def resolve_config(preset: str, overrides: str, run: str) -> str:
@@ -52,10 +60,26 @@ def deliver(outcome: Outcome, artifact: Any, metrics: Any) -> None:
 
 def run_report(preset: str, run: str, state: str, page: Any, metrics: Any) -> None:
     """Write the report of a run; `state` is KFP's final state of the handled tasks."""
+    _delete_jobs(run)
     config = ReportConfig(run=run, preset=preset, status="done" if state == "SUCCEEDED" else "failed")
     outcome = recorded("report", config, {}, run)
     Path(page.path).write_bytes(outcome.artifact.path("report.html").read_bytes())
     log_metrics(metrics, outcome.metrics)
+
+
+def _delete_jobs(run: str) -> None:
+    """Nothing that a run launched outlives it. A cluster that does not answer costs no report: jobs have deadlines."""
+    kinds = os.environ.get(JOBS_VARIABLE)
+    if not kinds:
+        return
+    from k2.launch.cluster import Cluster
+    from k2.launch.launcher import delete_live_jobs
+
+    try:
+        for name in delete_live_jobs(Cluster.connect(patience_s=CLEANUP_S), run, kinds.split(",")):
+            log.warning("job %s still worked or waited and is deleted", name)
+    except (StageError, UserError) as error:
+        log.error("jobs of %s are left to their deadlines: %s", run, error)
 
 
 def recorded(stage: str, config: Section, manifests: Mapping[str, str], run: str, label: str | None = None) -> Outcome:

@@ -68,7 +68,7 @@ class Cluster:
         self.api, self.namespace, self.patience_s = api, namespace, patience_s
 
     @classmethod
-    def connect(cls, namespace: str | None = None) -> "Cluster":
+    def connect(cls, namespace: str | None = None, patience_s: float = PATIENCE_S) -> "Cluster":
         """The cluster of the service account, else of the kubeconfig; by default the pod's own namespace.
 
         Raises:
@@ -77,7 +77,7 @@ class Cluster:
         found = namespace or (NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else None)
         if found is None:
             raise UserError("namespace: say which one, for this is not a pod of a cluster")
-        return cls(connect(), found)
+        return cls(connect(), found, patience_s)
 
     def get(self, kind: Kind, name: str) -> Object | None:
         """One object, or None."""

@@ -6,6 +6,7 @@ The job publishes the artifact itself. Whatever becomes of this process, the job
 import os
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from k2.config.deployment import Placement
@@ -20,15 +21,13 @@ from k2.launch.logs import LogReader, LogSink, pod_of_node
 from k2.launch.pod import CONTAINER
 from k2.launch.trainjob import TrainJob
 from k2.launch.work import Work
+from k2.platform.pods import POD_VARIABLE
 from k2.store.artifacts import Artifact, find
 from k2.store.client import Store
 
 BACKENDS: dict[str, Backend] = {"job": IndexedJob(), "trainjob": TrainJob()}
 
 RUN, KEY, ATTEMPT = "k2.dev/run", "k2.dev/key", "k2.dev/attempt"
-POD_VARIABLE = "K2_POD_NAME"
-"""The launcher's own pod, whose owner, the workflow, becomes the owner of the job."""
-
 POLL_S = 5.0
 FLUSH_S = 30.0
 ADMISSION_S = 60.0
@@ -77,7 +76,7 @@ class Launcher:
         work.save(self.store)
         job = self._obtain(work, owner(self.cluster))
         name = str(job["metadata"]["name"])
-        sink = LogSink(self.store, f"runs/{work.run}/logs/{work.stage}/{name}", _secrets(self.here))
+        sink = LogSink(self.store, f"runs/{work.run}/logs/{work.stage}/{name}")
         try:
             _Watch(self, name, sink).until_complete()
         finally:
@@ -260,6 +259,19 @@ class _Watch:
         raise StageError(f"{self.name}: {problem}; the job is deleted")
 
 
+def delete_live_jobs(cluster: Cluster, run: str, kinds: Iterable[str]) -> list[str]:
+    """Delete the jobs of a run that work or wait, of this workflow's only where it is known; returns their names."""
+    workflow, deleted = owner(cluster), []
+    for backend_of_kind in (BACKENDS[kind] for kind in kinds):
+        for job in cluster.list(backend_of_kind.kind, {RUN: label_value(run)}):
+            theirs = backend.owner_of(job)
+            ours = workflow is None or (theirs or {}).get("uid") == workflow["uid"]
+            if ours and not backend_of_kind.status(job).state.ended:
+                cluster.delete(backend_of_kind.kind, job["metadata"]["name"])
+                deleted.append(str(job["metadata"]["name"]))
+    return deleted
+
+
 def owner(cluster: Cluster) -> Object | None:
     """The workflow that this pod belongs to, as a reference; None outside a workflow."""
     name = os.environ.get(POD_VARIABLE)
@@ -292,9 +304,3 @@ def _why(workload: Object | None) -> str:
     conditions = (workload or {}).get("status", {}).get("conditions") or ()
     texts = [str(each.get("message", "")) for each in conditions if each["status"] == "False"]
     return next((text for text in texts if text), "")
-
-
-def _secrets(here: Placement) -> list[str]:
-    """Values that must not get into a log, as far as this process knows them."""
-    names = ["K2_S3_ACCESS_KEY", "K2_S3_SECRET_KEY", *here.secrets]
-    return [os.environ.get(name, "") for name in names]

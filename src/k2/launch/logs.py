@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from k2.errors import StageError
 from k2.launch.cluster import PODS, Cluster, ClusterError, Object
+from k2.masking import masked
 from k2.store.client import Store
 
 CHUNK_BYTES = 2**20
@@ -60,16 +61,16 @@ def _second(stamp: str) -> str:
 class LogSink:
     """Lines to this process's own output and to the store, as objects of about a megabyte."""
 
-    def __init__(self, store: Store, base: str, secrets: Iterable[str]) -> None:
-        """`secrets` are values that are never written; `base` is the prefix of the objects."""
-        self._store, self._base, self._secrets = store, base, sorted((s for s in secrets if s), key=len, reverse=True)
+    def __init__(self, store: Store, base: str) -> None:
+        """`base` is the prefix of the objects."""
+        self._store, self._base = store, base
         self._part, self._bytes, self._dirty = 0, b"", False
         self.tail: list[str] = []
 
     def write(self, lines: Iterable[str]) -> None:
         """Show lines, and keep them until `flush`."""
         for line in lines:
-            clean = self._masked(line)
+            clean = masked(line)
             print(clean, file=sys.stderr)
             self.tail = [*self.tail, clean][-TAIL:]
             self._bytes += clean.encode() + b"\n"
@@ -86,8 +87,3 @@ class LogSink:
             except StageError as error:
                 print(f"the log is not in the store yet: {error}", file=sys.stderr)
             self._dirty = False
-
-    def _masked(self, line: str) -> str:
-        for secret in self._secrets:
-            line = line.replace(secret, "***")
-        return line

@@ -10,6 +10,7 @@ from k2.errors import UserError
 from k2.execution.component import leave
 from k2.execution.runner import execute, key_of
 from k2.launch.work import Work
+from k2.masking import install
 from k2.monitoring.events import progress_for
 from k2.store.artifacts import open_uri
 from k2.store.client import Store
@@ -21,6 +22,7 @@ def main(location: str) -> None:
     Raises:
         SystemExit: 2 for a user error, 1 for any other.
     """
+    install()
     try:
         make(Store.from_environment(), location)
     except BaseException as error:

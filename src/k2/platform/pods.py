@@ -11,6 +11,12 @@ CA_FOLDER = "/etc/k2/ca"
 LAUNCH_VARIABLE = "K2_LAUNCH"
 """JSON of the `Placement` of a stage that runs as a job; the task that has it launches and follows that job."""
 
+JOBS_VARIABLE = "K2_JOBS"
+"""Kinds of jobs that a run may have, with commas between them; the task that has it deletes those still alive."""
+
+POD_VARIABLE = "K2_POD_NAME"
+"""The pod's own name: its owner, the workflow, becomes the owner of the jobs that it launches."""
+
 METRICS_TOKEN = "K2_METRICS_TOKEN"
 """The variable that makes pods serve metrics: to those who send its value, on `METRICS_PORT`."""
 METRICS_PORT = 9464
