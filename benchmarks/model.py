@@ -172,7 +172,7 @@ def attentions(case: Case) -> dict[str, Step]:
     kernels: dict[str, Callable[[], Tensor]] = {
         "attention, torch SDPA": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         "attention, products and softmax": explicit,
-        "attention, ours": lambda: attend(q, k, v, softmax_scale(config), context)[0],
+        "attention, ours": lambda: attend(q, k, v, softmax_scale(config), context)[0].transpose(1, 2),
     }
 
     def layers(kernel: Callable[[], Tensor]) -> None:

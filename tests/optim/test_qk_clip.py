@@ -7,6 +7,7 @@ from torch import Tensor
 from k2.config.model import ModelConfig
 from k2.model.layout import HeadRows, LogicalTensor, logical_tensors
 from k2.model.mla import attention_context
+from k2.model.rope import rotate
 from k2.model.transformer import Transformer
 from k2.optim.qk_clip import QKClip, clip_factors, plain_rows, row_factors, spectral_norms
 from tests.optim.tiny import TINY
@@ -19,7 +20,8 @@ def logits_and_values(model: Transformer, layer: str, x_BLD: Tensor) -> tuple[Te
     attention = model.layers[layer].self_attn
     config = model.config
     context = attention_context(config, x_BLD[..., 0], x_BLD.dtype)
-    content, rotary = attention.queries(x_BLD, context.cos_BLR, context.sin_BLR)
+    content, rotary = attention.queries(x_BLD).tensor_split([config.qk_nope_head_dim], dim=-1)
+    rotary = rotate(rotary, context.cos_BLR[:, :, None], context.sin_BLR[:, :, None])
     latent, key = attention.latents(x_BLD, context.cos_BLR, context.sin_BLR)
     kv = attention.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
     keys, values = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)

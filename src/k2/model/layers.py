@@ -21,6 +21,24 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+class _Projection(torch.autograd.Function):
+    """One node instead of a chain of casts, views and products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+        cast_OI = weight_OI.to(x.dtype)
+        ctx.dtype = weight_OI.dtype
+        ctx.save_for_backward(x, cast_OI)
+        return F.linear(x, cast_OI)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight_OI = ctx.saved_tensors
+        grad_TO = grad.flatten(0, -2)
+        return grad @ weight_OI, (grad_TO.T @ x.flatten(0, -2)).to(ctx.dtype)
+
+
 class Linear(nn.Module):
     """Projection without bias, weight [out, in]."""
 
@@ -30,7 +48,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the precision of `x`."""
-        return F.linear(x, self.weight.to(x.dtype))
+        result: Tensor = _Projection.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        return result
 
 
 def _blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -59,11 +78,11 @@ class _RMSNorm(torch.autograd.Function):
         x_ND, weight_D, scale_N1 = ctx.saved_tensors
         grad_x, grad_weight_D = torch.empty_like(x_ND), torch.zeros_like(weight_D)
         for x, grad, scale, out in _blocks(x_ND, grad_ND, scale_N1, grad_x):
-            normed = upcast(x) * scale
-            product = normed * upcast(grad)
-            grad_weight_D += product.sum(0)
-            share = torch.mv(product, weight_D)[:, None].div_(-x.shape[1])
-            out.copy_((weight_D * grad).addcmul_(normed, share).mul_(scale))
+            x, grad = upcast(x), upcast(grad)  # operations on mixed precisions are many times slower
+            product = x * grad
+            grad_weight_D.addmv_(product.T, scale[:, 0])
+            share = torch.mv(product, weight_D)[:, None].mul_(scale**3).div_(-x.shape[1])
+            out.copy_((grad * weight_D).mul_(scale).addcmul_(x, share))
         return grad_x, grad_weight_D, None
 
 

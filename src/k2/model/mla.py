@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from k2.config.model import ModelConfig
 from k2.model.layers import Linear, RMSNorm, upcast
-from k2.model.rope import rotary_tables, rotate, softmax_scale
+from k2.model.rope import rotary_tables, rotate, softmax_scale, turned, turned_back, turns
 
 LATENT_NORM_EPS = 1e-6  # fixed in the reference implementation, whatever rms_norm_eps says
 QUERY_BLOCK = 128  # queries that share one set of keys; what lies above the diagonal outside of a block is skipped
@@ -26,13 +26,13 @@ class AttentionContext:
     """What all layers of one forward pass share.
 
     cos_BLR, sin_BLR: rotary tables, [B or 1, L, R/2].
-    bias: 0 where a query may look, -inf where not, [B * H, L, L]; None when a token sees all earlier ones.
+    bias_BLL: 0 where a query may look, -inf where not; None when a token sees all earlier ones.
     keep_BL: real tokens, or None when all are.
     """
 
     cos_BLR: Tensor
     sin_BLR: Tensor
-    bias: Tensor | None
+    bias_BLL: Tensor | None
     keep_BL: Tensor | None
 
 
@@ -61,73 +61,119 @@ def attention_context(
     if keep_BL is not None:
         itself = torch.eye(length, dtype=torch.bool, device=device)  # a padding row must see something
         allowed = allowed & (keep_BL[:, None, :] | itself)
-    bias = torch.zeros(allowed.shape, dtype=dtype, device=device).masked_fill_(~allowed, -torch.inf)
-    bias = bias.repeat_interleave(config.num_attention_heads, dim=0)
-    return AttentionContext(cos_BLR, sin_BLR, bias, keep_BL)
+    bias_BLL = torch.zeros_like(allowed, dtype=upcast(cos_BLR[:0]).dtype).masked_fill_(~allowed, -torch.inf)
+    return AttentionContext(cos_BLR, sin_BLR, bias_BLL, keep_BL)
 
 
-class _Attention(torch.autograd.Function):
-    """Causal attention by blocks of queries, each against the keys up to its end only; N is batch times heads."""
+class _Heads(torch.autograd.Function):
+    """Queries, keys and values [B, H, L, .] of every head from what the projections give, positions turned in."""
 
     @staticmethod
     def forward(
-        ctx: Any, q_NLX: Tensor, k_NLX: Tensor, v_NLV: Tensor, bias: Tensor | None, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        output_NLV, row_max_NL = torch.empty_like(v_NLV), q_NLX.new_empty(q_NLX.shape[:2])
-        kept = []
-        for start, stop in _blocks(q_NLX.shape[1]):
-            logits = torch.bmm(q_NLX[:, start:stop], k_NLX[:, :stop].transpose(1, 2)).mul_(scale)
-            if bias is None:
-                logits[:, :, start:] += _causal_bias(stop - start, logits)
-            else:
-                logits += bias[:, start:stop, :stop]
-            torch.amax(logits, -1, out=row_max_NL[:, start:stop])
-            probabilities = logits.softmax(-1)
-            torch.bmm(probabilities, v_NLV[:, :stop], out=output_NLV[:, start:stop])
-            kept.append(probabilities)
-        ctx.scale = scale
-        ctx.save_for_backward(q_NLX, k_NLX, v_NLV, *kept)
-        ctx.mark_non_differentiable(row_max_NL)
-        return output_NLV, row_max_NL
+        ctx: Any, q_BLHX: Tensor, kv_BLHY: Tensor, rotary_BLR: Tensor, turn: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, length, heads, width = q_BLHX.shape
+        nope = width - rotary_BLR.shape[-1]
+        q_BHLX, k_BHLX = (q_BLHX.new_empty(batch, heads, length, width) for _ in range(2))
+        q_BHLX[..., :nope] = q_BLHX[..., :nope].transpose(1, 2)
+        q_BHLX[..., nope:] = turned(q_BLHX[..., nope:], turn).transpose(1, 2)
+        k_BHLX[..., :nope] = kv_BLHY[..., :nope].transpose(1, 2)
+        k_BHLX[..., nope:] = rotary_BLR[:, None]
+        ctx.nope = nope
+        ctx.save_for_backward(turn)
+        return q_BHLX, k_BHLX, kv_BLHY[..., nope:].transpose(1, 2).contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NLV: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q_NLX, k_NLX, v_NLV, *kept = ctx.saved_tensors
-        grad_q = torch.empty_like(q_NLX)
-        grad_k, grad_v = torch.zeros_like(upcast(k_NLX)), torch.zeros_like(upcast(v_NLV))
-        for (start, stop), probabilities in zip(_blocks(q_NLX.shape[1]), kept, strict=True):
-            grad = grad_NLV[:, start:stop]
-            grad_p = torch.bmm(grad, v_NLV[:, :stop].transpose(1, 2))
-            grad_logits = torch._softmax_backward_data(grad_p, probabilities, -1, grad.dtype)
-            torch.bmm(grad_logits, k_NLX[:, :stop], out=grad_q[:, start:stop])
-            grad_v[:, :stop] += torch.bmm(probabilities.transpose(1, 2), grad)
-            grad_k[:, :stop] += torch.bmm(grad_logits.transpose(1, 2), q_NLX[:, start:stop])
-        grad_k = grad_k.mul_(ctx.scale).to(k_NLX.dtype)
-        return grad_q.mul_(ctx.scale), grad_k, grad_v.to(v_NLV.dtype), None, None
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        nope, (turn,) = ctx.nope, ctx.saved_tensors
+        batch, heads, length, width = grad_q.shape
+        grad_q_BLHX = grad_q.new_empty(batch, length, heads, width)
+        grad_q_BLHX[..., :nope] = grad_q[..., :nope].transpose(1, 2)
+        grad_q_BLHX[..., nope:] = turned_back(grad_q[..., nope:].transpose(1, 2), turn)
+        grad_kv_BLHY = torch.cat([grad_k[..., :nope], grad_v], dim=-1).transpose(1, 2)
+        return grad_q_BLHX, grad_kv_BLHY, grad_k[..., nope:].sum(1), None
+
+
+class _Attention(torch.autograd.Function):
+    """Causal attention by blocks of queries, each against the keys up to its end only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_BHLX: Tensor, k_BHLX: Tensor, v_BHLV: Tensor, bias_BLL: Tensor | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        output_BLHV = v_BHLV.new_empty([*v_BHLV.transpose(1, 2).shape])
+        row_max_BHL, kept = upcast(q_BHLX[:0]).new_empty(q_BHLX.shape[:3]), []
+        for start, stop in _blocks(q_BHLX.shape[2]):
+            logits_NQK = _product(q_BHLX[:, :, start:stop], k_BHLX[:, :, :stop].mT, scale)
+            wide = upcast(logits_NQK)  # maximum and softmax of float32 are faster than those of bfloat16
+            _mask(wide.view(*q_BHLX.shape[:2], stop - start, stop), bias_BLL, start)
+            torch.amax(wide, -1, out=row_max_BHL.flatten(0, 1)[:, start:stop])
+            kept.append(logits_NQK.copy_(torch.softmax(wide, -1, out=wide)))
+            mixed = torch.bmm(kept[-1], v_BHLV[:, :, :stop].flatten(0, 1))
+            output_BLHV[:, start:stop] = mixed.view_as(v_BHLV[:, :, start:stop]).transpose(1, 2)
+        ctx.scale = scale
+        ctx.save_for_backward(q_BHLX, k_BHLX, v_BHLV, *kept)
+        ctx.mark_non_differentiable(row_max_BHL)
+        return output_BLHV, row_max_BHL
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BLHV: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q_BHLX, k_BHLX, v_BHLV, *kept = ctx.saved_tensors
+        grad_q, grads_k, grads_v = torch.empty_like(q_BHLX), [], []
+        for (start, stop), probabilities in zip(_blocks(q_BHLX.shape[2]), kept, strict=True):
+            grad_NQV = grad_BLHV[:, start:stop].transpose(1, 2).flatten(0, 1)
+            grad_p = torch.bmm(grad_NQV, v_BHLV[:, :, :stop].flatten(0, 1).mT)
+            grad_logits = torch._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
+            grad_q.flatten(0, 1)[:, start:stop] = _product(grad_logits, k_BHLX[:, :, :stop], ctx.scale)
+            grads_v.append(torch.bmm(probabilities.mT, grad_NQV))
+            grads_k.append(_product(grad_logits.mT, q_BHLX[:, :, start:stop], ctx.scale))
+        grad_k, grad_v = _overlapping_sum(grads_k).view_as(k_BHLX), _overlapping_sum(grads_v).view_as(v_BHLV)
+        return grad_q, grad_k, grad_v, None, None
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
 
 
-def _causal_bias(length: int, like: Tensor) -> Tensor:
-    return like.new_full((length, length), -torch.inf).triu_(1)
+def _mask(logits_BHQK: Tensor, bias_BLL: Tensor | None, start: int) -> None:
+    """Set the logits of queries from `start` on to -inf where they may not look."""
+    queries, stop = logits_BHQK.shape[2:]
+    if bias_BLL is None:
+        logits_BHQK[..., start:].add_(logits_BHQK.new_full((queries, queries), -torch.inf).triu_(1))
+    else:
+        logits_BHQK.add_(bias_BLL[:, None, start:stop, :stop])
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """a b scale of two batches [N, ., .] or [B, H, ., .] as [N, ., .], scaled where the product is accumulated."""
+    a, b = (tensor.flatten(0, -3) for tensor in (a, b))
+    return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
+
+
+def _overlapping_sum(parts: list[Tensor]) -> Tensor:
+    """Sum of tensors [N, I, J] that begin at the same row, the last being the longest, in at least float32."""
+    *shorter, longest = parts
+    if not shorter:
+        return longest
+    total = upcast(longest)
+    for part in shorter:
+        total[:, : part.shape[1]].add_(upcast(part))
+    return total.to(longest.dtype)
 
 
 def attend(
     q_BHLX: Tensor, k_BHLX: Tensor, v_BHLV: Tensor, scale: float, context: AttentionContext
 ) -> tuple[Tensor, Tensor]:
-    """Attention output [B, H, L, V] and the largest logit that reached each head's softmax, [H].
+    """Attention output [B, L, H, V] and the largest logit that reached each head's softmax, [H].
 
     Logits include the scale; masked pairs and padding rows do not count.
     """
-    parts = (tensor.flatten(0, 1) for tensor in (q_BHLX, k_BHLX, v_BHLV))
-    output_NLV, row_max_NL = _Attention.apply(*parts, context.bias, scale)  # type: ignore[no-untyped-call]
-    row_max_BHL = row_max_NL.view(q_BHLX.shape[:3])
+    output_BLHV, row_max_BHL = _Attention.apply(q_BHLX, k_BHLX, v_BHLV, context.bias_BLL, scale)  # type: ignore[no-untyped-call]
     if context.keep_BL is not None:
         row_max_BHL = row_max_BHL.masked_fill(~context.keep_BL[:, None, :], -torch.inf)
-    return output_NLV.view(v_BHLV.shape), upcast(row_max_BHL.amax((0, 2)))
+    return output_BLHV, row_max_BHL.amax((0, 2))
 
 
 class LatentAttention(nn.Module):
@@ -149,15 +195,13 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, hidden)
 
-    def queries(self, x_BLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> tuple[Tensor, Tensor]:
-        """Content and rotated parts of every head's query, [B, L, H, X - R] and [B, L, H, R]."""
+    def queries(self, x_BLD: Tensor) -> Tensor:
+        """Every head's query [B, L, H, X], rotary dimensions last and not yet rotated."""
         if self.config.q_lora_rank is None:
-            q = self.q_proj(x_BLD)
+            q: Tensor = self.q_proj(x_BLD)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BLD)))
-        q = q.unflatten(-1, (self.config.num_attention_heads, self.config.qk_head_dim))
-        content, rotary = q.split([self.config.qk_nope_head_dim, self.config.qk_rope_head_dim], dim=-1)
-        return content, rotate(rotary, cos_BLR[:, :, None], sin_BLR[:, :, None])
+        return q.view(*q.shape[:2], self.config.num_attention_heads, -1)
 
     def latents(self, x_BLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> tuple[Tensor, Tensor]:
         """What a cache keeps: the normed latent [B, L, K] and the rotated shared key [B, L, R]."""
@@ -174,11 +218,8 @@ class LatentAttention(nn.Module):
         self, x_BLD: Tensor, latent_BLK: Tensor, k_rotary_BLR: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Tensor]:
         """`forward` for latents that the caller has already computed, and perhaps kept."""
-        heads, nope, value = self.config.num_attention_heads, self.config.qk_nope_head_dim, self.config.v_head_dim
-        q_content, q_rotary = self.queries(x_BLD, context.cos_BLR, context.sin_BLR)
-        kv = self.kv_b_proj(latent_BLK).unflatten(-1, (heads, nope + value)).transpose(1, 2)
-        k_content, v = kv.split([nope, value], dim=-1)
-        q = torch.cat([q_content.transpose(1, 2), q_rotary.transpose(1, 2)], dim=-1)
-        k = torch.cat([k_content, k_rotary_BLR[:, None].expand(-1, heads, -1, -1)], dim=-1)
-        output, max_H = attend(q, k, v, self.scale, context)
-        return self.o_proj(output.transpose(1, 2).flatten(2)), max_H
+        kv_BLHY = self.kv_b_proj(latent_BLK).unflatten(-1, (self.config.num_attention_heads, -1))
+        turn = turns(context.cos_BLR, context.sin_BLR)[:, :, None]
+        q, k, v = _Heads.apply(self.queries(x_BLD), kv_BLHY, k_rotary_BLR, turn)  # type: ignore[no-untyped-call]
+        output_BLHV, max_H = attend(q, k, v, self.scale, context)
+        return self.o_proj(output_BLHV.flatten(2)), max_H

@@ -68,25 +68,38 @@ def _table_magnitude(scaling: RopeScaling | None) -> float:
     return _magnitude(scaling.factor, scaling.mscale) / _magnitude(scaling.factor, scaling.mscale_all_dim)
 
 
-class _Rotate(torch.autograd.Function):
-    """Pairs as complex numbers, one multiplication; backward turns the other way."""
+def turned(x: Tensor, turn: Tensor) -> Tensor:
+    """Interleaved pairs of the last axis as complex numbers times `turn`: first members, then second ones."""
+    wide = upcast(x)
+    pairs = torch.complex(wide[..., 0::2], wide[..., 1::2])
+    return torch.view_as_real(pairs.mul_(turn)).mT.flatten(-2)
 
+
+def turned_back(grad: Tensor, turn: Tensor) -> Tensor:
+    """Gradient by the input of `turned` from the one by its output."""
+    pairs = torch.complex(*upcast(grad).chunk(2, dim=-1))
+    return torch.view_as_real(pairs.mul_(turn.conj())).flatten(-2)
+
+
+class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, turn: Tensor) -> Tensor:
         ctx.save_for_backward(turn)
-        wide = upcast(x)
-        pairs = torch.complex(wide[..., 0::2], wide[..., 1::2])
-        return torch.view_as_real(pairs.mul_(turn)).mT.flatten(-2).to(x.dtype)
+        return turned(x, turn).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (turn,) = ctx.saved_tensors
-        pairs = torch.complex(*upcast(grad).chunk(2, dim=-1))
-        return torch.view_as_real(pairs.mul_(turn.conj())).flatten(-2).to(grad.dtype), None
+        return turned_back(grad, turn).to(grad.dtype), None
+
+
+def turns(cos: Tensor, sin: Tensor) -> Tensor:
+    """The rotation as complex numbers, one a pair, in at least float32."""
+    return torch.complex(upcast(cos), upcast(sin))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate interleaved pairs of the last axis; `cos` and `sin` broadcast against half of it."""
-    result: Tensor = _Rotate.apply(x, torch.complex(upcast(cos), upcast(sin)))  # type: ignore[no-untyped-call]
+    result: Tensor = _Rotate.apply(x, turns(cos, sin))  # type: ignore[no-untyped-call]
     return result
