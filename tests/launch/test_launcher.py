@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import zstandard
 
-from k2.config.deployment import Placement
+from k2.config.deployment import Budget, Placement
 from k2.config.tokenize import TokenizeConfig
 from k2.errors import StageError, UserError
 from k2.execution.runner import execute
 from k2.launch.cluster import Cluster
 from k2.launch.launcher import Launcher, Times
 from k2.launch.work import Work
+from k2.monitoring.run_record import write_stage_record
 from k2.store.artifacts import Artifact
 from k2.store.client import Store
 from tests.conftest import SilentProgress
@@ -392,3 +393,18 @@ def test_preemption_is_reported_and_waited_for(
     kubernetes.status(NAME, active=1, ready=1)
     finish(kubernetes, make_artifact, store)
     assert run.end().artifact is not None
+
+
+def test_beyond_the_budget_nothing_is_started(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher], store: Store
+) -> None:
+    write_stage_record(store, "yesterday", {"stage": "pretrain", "status": "done", "wall_s": 7200.0})
+    spent = placement("tokenize").model_copy(update={"budget": Budget(limit=19.0), "costs": {"pretrain": 10.0}})
+    error = Run(launcher(spent)).end().error
+    assert isinstance(error, UserError)
+    assert "budget: 20.00 of 19.00 were spent in 30 days; raise budget.limit" in str(error)
+    assert kubernetes.of("jobs") == []
+    run = Run(launcher(spent.model_copy(update={"budget": Budget(limit=21.0)})))
+    assert created(kubernetes)
+    kubernetes.remove(f"{JOBS}/{NAME}")
+    assert "somebody deleted the job" in str(run.end().error)

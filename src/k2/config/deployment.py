@@ -206,6 +206,13 @@ class Timeouts(Section):
     )
 
 
+class Budget(Section):
+    """Money beyond which no job is started; prices are the pools' `cost_per_hour`."""
+
+    limit: float = setting(..., "what all runs of this store may cost in `days`", gt=0)
+    days: int = setting(30, "days that the budget is for", ge=1, le=366)
+
+
 class Placement(Section):
     """Everything that decides where one task runs. Crosses to a launcher as JSON in `K2_LAUNCH`."""
 
@@ -221,6 +228,8 @@ class Placement(Section):
     network: Network = setting(Network(), "CA bundle and proxies")
     identity: Identity = setting(Identity(), "who it runs as")
     labels: dict[Resource, LabelValue] = setting({}, "labels of its pods")
+    budget: Budget | None = setting(None, "what may be spent; a launcher starts no job beyond it")
+    costs: dict[str, float] = setting({}, "stage -> what an hour of it costs, where there is a budget")
 
 
 class Deployment(Section):
@@ -239,6 +248,7 @@ class Deployment(Section):
     network: Network = setting(Network(), "CA bundle and proxies")
     identity: Identity = setting(Identity(), "who containers run as")
     timeouts: Timeouts = setting(Timeouts(), "how long things may take")
+    budget: Budget | None = setting(None, "what jobs may cost; null: no limit")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -268,6 +278,8 @@ class Deployment(Section):
             network=self.network,
             identity=self.identity,
             labels={f"k2.dev/{name}": value for name, value in self.labels.items()} | {"k2.dev/stage": task},
+            budget=self.budget,
+            costs=self.costs() if self.budget else {},
         )
 
     def costs(self) -> dict[str, float]:
@@ -317,6 +329,8 @@ class Deployment(Section):
             )
 
     def _unusable_pools(self) -> Iterator[str]:
+        if self.budget and not any(pool.cost_per_hour for pool in self.pools.values()):
+            yield "budget: no pool has a price, so nothing would ever count; set pools.<name>.cost_per_hour"
         for name, pool in self.pools.items():
             if pool.launch == "pod" and pool.job_only():
                 fields = ", ".join(pool.job_only())

@@ -21,6 +21,7 @@ from k2.launch.logs import LogReader, LogSink, pod_of_node
 from k2.launch.pod import CONTAINER
 from k2.launch.trainjob import TrainJob
 from k2.launch.work import Work
+from k2.platform.guard import DAY_S, spending
 from k2.platform.pods import POD_VARIABLE
 from k2.store.artifacts import Artifact, find
 from k2.store.client import Store
@@ -69,7 +70,7 @@ class Launcher:
         """The artifact that a job made.
 
         Raises:
-            UserError: the queue is not there, or a live run makes the same already.
+            UserError: the queue is not there, the budget is spent, or a live run makes the same already.
             StageError: the job failed, waited or ran too long, or was deleted.
         """
         self._require_queue()
@@ -104,6 +105,18 @@ class Launcher:
                 " install Kueue"
             )
 
+    def _require_budget(self) -> None:
+        """What is begun is finished; nothing new is begun once the money is spent."""
+        budget = self.here.budget
+        if budget is None:
+            return
+        spent, _ = spending(self.store, self.here.costs, time.time() - budget.days * DAY_S)
+        if spent >= budget.limit:
+            raise UserError(
+                f"budget: {spent:.2f} of {budget.limit:.2f} were spent in {budget.days} days; raise budget.limit in the"
+                " deployment file and upload the pipeline again, or wait"
+            )
+
     def _obtain(self, work: Work, workflow: Object | None) -> Object:
         """A live or complete job that is as ours would be, or a new one."""
         attempt = 1
@@ -116,6 +129,7 @@ class Launcher:
                     return job
                 self.delete(name)
                 attempt = max(attempt, number + 1)
+            self._require_budget()
             body = backend.owned(self._job(work, attempt), workflow)
             try:
                 job = backend.create(self.cluster, self.backend, body)
