@@ -321,9 +321,12 @@ def test_rdma_is_the_one_exception_and_the_same_in_both() -> None:
 
 
 def test_notes_say_what_is_left_to_do() -> None:
-    dry = ("install", "k2", str(CHART), "--dry-run=client", "--namespace", "ml")
+    more = ("--set", f"monitoring.enabled=true,{TOGGLES[-2]}")
+    dry = ("install", "k2", str(CHART), "--dry-run=client", "--namespace", "ml", *more)
     run = subprocess.run([tool("helm"), *dry], capture_output=True, text=True, check=False)
     if "unreachable" in run.stderr:
         pytest.skip("helm wants a cluster even for a client dry run")
     assert "create secret generic k2-s3" in run.stdout
+    assert "create secret generic k2-metrics --from-literal=token=" in run.stdout
+    assert "keeps 1 recurring run(s)" in run.stdout
     assert "k2 doctor --cluster --namespace ml" in run.stdout

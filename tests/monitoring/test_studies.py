@@ -1,17 +1,23 @@
 """A run of a study on the terminal and in its report, and the charts that only studies draw."""
 
+import html
 import io
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from k2.monitoring.figures import Series, line_chart
-from k2.monitoring.report import Run, render_report
+from k2.monitoring.report import MAX_BYTES, Run, render_report
 from k2.monitoring.run_record import read_run, write_stage_record
 from k2.monitoring.terminal import Board, render
 from k2.store.artifacts import Artifact
 from k2.store.client import Store
+
+STUDIES = Path(__file__).parents[2] / "docs" / "ablations"
 
 
 def event(stage: str, kind: str, **values: object) -> dict[str, object]:
@@ -58,3 +64,16 @@ def test_a_band_reaches_from_low_to_high() -> None:
     points = [tuple(map(float, point.split(","))) for point in found[1].split()]
     assert [x for x, _ in points] == [points[0][0], points[1][0], points[1][0], points[0][0]]
     assert points[0][1] < points[3][1], "the upper edge comes first, and y grows downwards"
+
+
+@pytest.mark.parametrize("file", sorted(STUDIES.glob("*.json")), ids=lambda file: file.stem)
+def test_the_page_of_a_whole_study_is_self_contained_and_small(
+    file: Path, store: Store, make_artifact: Callable[..., Artifact]
+) -> None:
+    made = make_artifact("compare", {"report.json": file})
+    write_stage_record(store, "r", {"stage": "tokenize", "status": "done"})
+    write_stage_record(store, "r", {"stage": "compare", "status": "done", "artifact": made.uri})
+    page = render_report(store, Run("r", "tiny", "done", 1.0), read_run(store, "r"))
+    assert json.loads(file.read_text())["title"] in html.unescape(page)
+    assert len(page.encode()) <= MAX_BYTES
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|url\(|@import| src=|<link", page)
