@@ -5,8 +5,9 @@ import torch
 
 from k2.config.model import ModelConfig
 from k2.errors import UserError
+from k2.model import products
 from k2.model.cache import LatentCache
-from k2.model.decode import Decoder, Prepared, resident
+from k2.model.decode import Decoder, Prepared
 from k2.model.generate import Engine
 from k2.model.sampling import SamplingConfig
 from k2.model.transformer import Transformer
@@ -20,9 +21,9 @@ def count_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     rows: list[int] = []
     step = Decoder.step
 
-    def counted(self: Decoder, tokens_B: torch.Tensor, slots_B: torch.Tensor, longest: int) -> torch.Tensor:
-        rows.append(len(tokens_B))
-        return step(self, tokens_B, slots_B, longest)
+    def counted(self: Decoder, tokens: list[int], slots: list[int]) -> torch.Tensor:
+        rows.append(len(tokens))
+        return step(self, tokens, slots)
 
     monkeypatch.setattr(Decoder, "step", counted)
     return rows
@@ -68,20 +69,52 @@ def test_greedy_generation_in_float64_is_the_argmax_of_transformers(shape: str) 
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("shape", ["plain", "groups", "two_shared", "full_query"])
-@pytest.mark.parametrize("rows", [3, 70])  # with products over all experts, and expert by expert
-def test_packed_bfloat16_weights_give_the_logits_of_the_training_pass(shape: str, rows: int) -> None:
+@pytest.mark.parametrize("shape", ["plain", "groups", "two_shared", "full_query", "one_expert", "odd"])
+@pytest.mark.parametrize("rows", [1, 2, 3, 20, 120])  # every form of products and of experts
+def test_bfloat16_gives_the_logits_of_the_training_pass(shape: str, rows: int) -> None:
     model = build(SHAPES[shape]).float()
     tokens = torch.randint(90, (rows, 6), generator=torch.Generator().manual_seed(1))
     model.compute_dtype = torch.float32
     reference = model.logits(model(tokens)[0][:, -1])
     model.compute_dtype = torch.bfloat16
     trained = model.logits(model(tokens)[0][:, -1]).float()
-    decoder = Decoder(Prepared(resident(model)), rows, 6)
-    decoder.prefill(tokens[:, :5], torch.arange(rows))
-    logits = decoder.step(tokens[:, 5], torch.full((rows,), 5), 6)
+    logits = last_logits(model, tokens)
     typical = (trained - reference).abs().median()  # a token near a routing tie may go to another expert
     assert (logits - reference).abs().median() < 2 * typical
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("shape", sorted(SHAPES))
+@pytest.mark.parametrize("rows", [1, 2, 3, 20])
+def test_float32_gives_the_logits_of_the_training_pass(shape: str, rows: int) -> None:
+    model = build(SHAPES[shape]).float()
+    model.compute_dtype = torch.float32
+    tokens = torch.randint(90, (rows, 6), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(last_logits(model, tokens), model.logits(model(tokens)[0][:, -1]), atol=1e-4, rtol=1e-4)
+
+
+def last_logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
+    """Five tokens as a prompt, the sixth as a step."""
+    rows = len(tokens)
+    decoder = Decoder(Prepared(model), rows, 6)
+    decoder.prefill(tokens[:, :5], torch.arange(rows))
+    return decoder.step(tokens[:, 5].tolist(), [5] * rows)
+
+
+@torch.inference_mode()
+def test_without_packing_the_engine_warns_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build(TINY).float()
+    model.compute_dtype = torch.bfloat16
+    tokens = torch.randint(90, (20, 6), generator=torch.Generator().manual_seed(1))
+    packed = last_logits(model, tokens)
+    products._packing.cache_clear()
+    monkeypatch.setattr(products, "PACK", "_no_such_operator")
+    plain = last_logits(model, tokens)
+    products._packing.cache_clear()
+    assert [record.message for record in caplog.records if "packed" in record.message] == [caplog.records[0].message]
+    assert (packed - plain).abs().median() < 0.02
 
 
 def test_the_cache_holds_576_of_20480_values() -> None:

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2.errors import UserError
-from k2.model.decode import Decoder, Prepared, resident
+from k2.model.decode import Decoder, Prepared
 from k2.model.generate import Engine, Sample
+from k2.model.mixture import Mixture
 from k2.model.sampling import RowSampling, SamplingConfig, choose, stream_key, uniforms
 from k2.model.transformer import Transformer
 from tests.model.reference import SHAPES, TINY, build, build_reference
@@ -28,7 +29,7 @@ def test_decoding_from_the_cache_equals_the_full_forward_pass(shape: str) -> Non
     decoder.prefill(tokens[:, :6], rows)
     lengths = lengths - 1
     for _ in range(6):
-        logits = decoder.step(tokens[rows, lengths], lengths, int(lengths.max()) + 1)
+        logits = decoder.step(tokens[rows, lengths].tolist(), lengths.tolist())
         torch.testing.assert_close(logits, model.logits(full[rows, lengths]), rtol=1e-10, atol=1e-12)
         lengths = lengths + 1
 
@@ -132,8 +133,13 @@ def test_refresh_takes_over_new_weights_and_transformed_experts() -> None:
     engine.refresh()
     assert engine.generate([[1, 2]], 1, config) != before
     model.set_weight_transform(torch.zeros_like)
-    assert all(not experts.down_proj.any() for experts in resident(model).experts())
-    assert resident(model).layers["1"].mlp.gate.weight.dtype == torch.float32
+    engine.refresh()
+    mixture = engine.prepared.layers[1].mlp
+    assert isinstance(mixture, Mixture)
+    table_EFD = mixture.down.table_EIO
+    assert not table_EFD[: TINY.n_routed_experts].any()
+    assert table_EFD[TINY.n_routed_experts :].any()  # the shared expert is not transformed
+    assert mixture.router.weight_DE.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

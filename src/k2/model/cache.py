@@ -16,6 +16,7 @@ class LatentCache:
     def __init__(self, config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_hidden_layers, rows, length, cache_values_per_token(config))
         self.values_NSLC = torch.zeros(shape, dtype=dtype, device=device)
+        self.dtype = dtype
         self._layers = [(values_SLC, values_SLC.flatten(0, 1)) for values_SLC in self.values_NSLC]
         self._starts_S = torch.arange(rows, device=device) * length
 
@@ -30,7 +31,7 @@ class LatentCache:
     def append(self, layer: int, places_B: Tensor, latents_BC: Tensor) -> Tensor:
         """Store one token per row; the layer's first rows [B, L, C], this token included."""
         values_SLC, flat = self._layers[layer]
-        flat.index_copy_(0, places_B, latents_BC)
+        flat.index_copy_(0, places_B, latents_BC.to(self.dtype))
         present: Tensor = values_SLC[: len(places_B)]
         return present
 

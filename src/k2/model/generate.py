@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from k2.errors import UserError
-from k2.model.decode import Decoder, Prepared, resident
+from k2.model.decode import Decoder, Prepared
 from k2.model.sampling import RowSampling, SamplingConfig, choose, stream_key, uniforms
 from k2.model.transformer import Transformer
 
@@ -80,7 +80,7 @@ class Engine:
 
     def __init__(self, model: Transformer, *, eos_ids: Sequence[int] = (), max_batch_tokens: int = 2**17) -> None:
         """`max_batch_tokens` bounds the cache: rows in flight times the longest sequence asked for."""
-        self.source = model
+        self.model = model
         self.eos_ids = frozenset(eos_ids)
         self.max_batch_tokens = max_batch_tokens
         self.refresh()
@@ -88,7 +88,6 @@ class Engine:
     def refresh(self) -> None:
         """Take over the model's present weights."""
         with torch.inference_mode():
-            self.model = resident(self.source)
             self.prepared = Prepared(self.model)
 
     @torch.inference_mode()
@@ -175,8 +174,7 @@ class Session:
     def _step(self) -> list[int]:
         """One more token for every row; the rows whose samples ended."""
         rows = self.rows
-        tokens_B, slots_B = torch.tensor([[row.token for row in rows], [row.slot for row in rows]], device=self.device)
-        logits_BV = self.decoder.step(tokens_B, slots_B, max(row.slot for row in rows) + 1)
+        logits_BV = self.decoder.step([row.token for row in rows], [row.slot for row in rows])
         keys = np.array([row.key for row in rows], dtype=np.uint64)
         steps = np.array([len(row.sample.token_ids) for row in rows], dtype=np.uint64)
         uniform_B = torch.from_numpy(uniforms(keys, steps)).to(self.device)

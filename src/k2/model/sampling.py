@@ -14,6 +14,10 @@ from torch import Tensor
 
 from k2.errors import UserError
 
+BLOCK = 64  # tokens whose probabilities are added before the draw
+BLOCKWISE = 2**16  # from so many probabilities on, the draw of a block first is faster
+BELOW_ONE = 1.0 - 2.0**-52  # rounding must not carry a draw past the last weight
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -109,14 +113,34 @@ def choose(logits_BV: Tensor, rows: RowSampling, uniform_B: Tensor) -> tuple[Ten
     if rows.restricted:
         scaled_BV = _restrict(scaled_BV, rows)
     probability_BV = scaled_BV.softmax(-1)
-    cdf_BV = probability_BV.cumsum(-1, dtype=torch.float64)
-    token_B1 = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
+    token_B1 = _draw(probability_BV, uniform_B[:, None])
     if rows.any_greedy:
         token_B1 = torch.where(rows.greedy, logits_BV.argmax(-1, keepdim=True), token_B1)
     sampled_B = probability_BV.gather(1, token_B1)[:, 0].log()
     if not (rows.any_greedy or rows.tempered or rows.restricted):
         return token_B1[:, 0], sampled_B, sampled_B
     return token_B1[:, 0], sampled_B.masked_fill(rows.greedy[:, 0], 0.0), _log_softmax_at(logits_BV, token_B1)
+
+
+def _draw(weights_BV: Tensor, uniform_B1: Tensor) -> Tensor:
+    """The index [B, 1] at which the cumulated weights of each row pass `uniform` times their sum."""
+    rows, count = weights_BV.shape
+    if rows * count >= BLOCKWISE and count > BLOCK and count % BLOCK == 0:
+        return _draw_blockwise(weights_BV.view(rows, -1, BLOCK), uniform_B1)
+    cdf_BV = weights_BV.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cdf_BV, uniform_B1 * cdf_BV[:, -1:], right=True)
+
+
+def _draw_blockwise(weights_BNW: Tensor, uniform_B1: Tensor) -> Tensor:
+    """`_draw` of a block by its sum, then inside of the block: sums are parallel, a cumulated sum is serial."""
+    sums_BN = weights_BNW.sum(-1, dtype=torch.float64)
+    cdf_BN = sums_BN.cumsum(-1)
+    target_B1 = uniform_B1 * cdf_BN[:, -1:]
+    block_B1 = torch.searchsorted(cdf_BN, target_B1, right=True)
+    sum_B1 = sums_BN.gather(1, block_B1)
+    share_B1 = (target_B1 - cdf_BN.gather(1, block_B1) + sum_B1) / sum_B1
+    inside_BW = weights_BNW[torch.arange(len(block_B1), device=block_B1.device), block_B1[:, 0]]
+    return block_B1 * BLOCK + _draw(inside_BW, share_B1.clamp_(0, BELOW_ONE))
 
 
 def _log_softmax_at(logits_BV: Tensor, token_B1: Tensor) -> Tensor:
