@@ -26,10 +26,12 @@ class OptimizerConfig(Section):
     spike_margin: float | None = setting(
         None, "a loss this many nats above its running mean is a spike; null looks for none", gt=0
     )
-    spike_policy: Literal["skip", "stop", "off"] = setting(
-        "skip", "an update of a spike is left out (skip), fails the stage (stop), or is made and reported (off)"
+    spike_policy: Literal["skip", "rollback", "stop", "off"] = setting(
+        "skip",
+        "a spike's update is left out (skip), or the run goes back to the last checkpoint and leaves the batch out"
+        " (rollback), or the stage fails (stop), or the update is made and reported (off)",
     )
-    max_skipped_steps: int = setting(5, "fail after this many skipped updates in a row", ge=1)
+    max_skipped_steps: int = setting(5, "fail after this many skipped updates in a row, or rollbacks at one step", ge=1)
     spectral_interval: int = setting(
         0, "steps between measurements of every head's spectral norms in W_q and W_k; 0 never measures", ge=0
     )

@@ -68,7 +68,7 @@ def reason_to_skip(config: OptimizerConfig, loss: float, grad_norm: float, spike
         return f"loss {loss}, gradient norm {grad_norm}"
     if spike is not None and config.spike_policy == "stop":
         raise StageError(f"{spike}, and optimizer.spike_policy is stop")
-    return spike if config.spike_policy == "skip" else None
+    return spike if config.spike_policy in ("skip", "rollback") else None
 
 
 def expert_shares(counts_ME: Tensor | None) -> tuple[list[float], list[float]]:

@@ -22,6 +22,7 @@ from k2.optim.norms import stable_norm
 from k2.optim.qk_clip import ClipReport
 from k2.planner.layout import Layout
 from k2.training.instruments import StepReport, expert_shares, measure_spectrum, reason_to_skip, show, spike_in
+from k2.training.rollback import leave_out, roll_back
 from k2.training.state import BatchT, BatchT_contra, Saver, Source, TrainState
 
 LOSS_MEMORY = 0.9
@@ -295,9 +296,13 @@ def train(
     """
     plan = plan or SingleProcess()
     while state.step < until:
+        leave_out(state, source)
         report = train_step(state, source.next_step(), loss_fn, lr, plan)
         state.history.add(report.row())
         show(state, report, total or until, progress)
+        if report.spike and state.optimizer.config.spike_policy == "rollback" and checkpoints is not None:
+            roll_back(state, source, checkpoints, progress)
+            continue
         measure_spectrum(state, progress)
         found = plan.after(state.step)
         if found.slow:

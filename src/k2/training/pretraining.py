@@ -94,7 +94,6 @@ def layout_of(config: PretrainConfig, context: int, ranks: int) -> Layout:
         parallel.expert_parallel_size,
         max(1, ranks // group),
         parallel.virtual_stages,
-        recompute=config.recompute,
     )
     return replace(layout, micro_batch_tokens=micro_batch_rows(config, context, layout) * context)
 
@@ -231,6 +230,8 @@ def pretrain(
             source.set_context_length(segment.context_length)
             measure = partial(_measure, state, plan, segment, config, heldout)
             measure(f"{segment.name}_before", at=start)
+            if state.step == start and config.optimizer.spike_policy == "rollback":
+                checkpoints.save(state, source)  # a rollback must not lead into another context length
             train(
                 state, source, NextTokenLoss(config.balance_loss_weight), schedule.lr, until=segment.until,
                 total=config.steps, checkpoints=checkpoints, progress=progress, plan=plan,
