@@ -21,6 +21,7 @@ from k2.kernels import attention, fp8, grouped_gemm, int4, linear_cross_entropy,
 from k2.kernels.attention import Documents
 from k2.kernels.budgets import committed, launches
 from k2.kernels.roofline import roofline
+from k2.optim.schemes import SCHEMES
 from k2.quant.int4 import dequantize, pack, quantize
 
 try:
@@ -29,7 +30,6 @@ except ImportError:
     liger = None
 
 Run = Callable[[], Tensor]
-MOONLIGHT = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 @dataclass(frozen=True)
@@ -168,16 +168,17 @@ def loss_case(s: Sizes, draw: Callable[..., Tensor], device: str) -> Case:
 def newton_schulz_case(s: Sizes, draw: Callable[..., Tensor]) -> Case:
     """The gate matrices of the local experts."""
     matrices = draw(s.local_experts, s.width, s.hidden, grad=False)
+    scheme = SCHEMES["moonlight"]
 
     def ordinary() -> Tensor:
         x = matrices / torch.linalg.vector_norm(matrices.float(), dim=(1, 2), keepdim=True).to(matrices.dtype)
-        for a, b, c in MOONLIGHT:
+        for a, b, c in scheme.polynomials:
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
         return x
 
     return Case(
-        "Newton-Schulz, five steps", lambda: symmetric.newton_schulz(matrices, MOONLIGHT),
+        "Newton-Schulz, Moonlight's five steps", lambda: symmetric.newton_schulz(matrices, scheme),
         {"torch baddbmm": ordinary}, (),
     )  # fmt: skip
 

@@ -23,15 +23,17 @@ from k2.model.hf import part
 from k2.model.layout import logical_tensors
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
-from k2.optim.newton_schulz import EPS, MOONLIGHT, orthogonalize
+from k2.optim.newton_schulz import EPS, orthogonalize
 from k2.optim.partition import partition
 from k2.optim.qk_clip import QKClip
+from k2.optim.schemes import SCHEMES
 from k2.training.batches import NextTokenLoss, micro_batches
 from k2.training.loop import train_step
 from k2.training.state import TrainState
 
 SHAPES = Path(__file__).with_name("shapes.yaml")
 LR = 1e-3
+PUBLISHED = SCHEMES["moonlight"].polynomials[0]
 Step = Callable[[], object]
 
 
@@ -85,7 +87,8 @@ def torch_step(config: ModelConfig) -> Step:
 def product_floor(config: ModelConfig) -> Step:
     """As many multiplications as MuonClip's Newton-Schulz makes, in products of the best shape (1024 cubed)."""
     blocks = partition(logical_tensors(config), shapes_of(config)).blocks
-    count = sum(block.count * multiplications(*sorted(block.shape)) for block in blocks)
+    scheme = SCHEMES[OptimizerConfig().newton_schulz]
+    count = sum(block.count * scheme.multiplications(block.shape) for block in blocks)
     left, right, out = (torch.randn(1024, 1024).bfloat16() for _ in range(3))
 
     def step() -> None:
@@ -93,12 +96,6 @@ def product_floor(config: ModelConfig) -> Step:
             torch.mm(left, right, out=out)
 
     return step
-
-
-def multiplications(side: int, long: int) -> int:
-    """Of five iterations on one matrix: two pairs and one through the Gram matrix, or five as published."""
-    gram = long >= 2 * side
-    return (6 if gram else 10) * side**2 * long + (11 if gram else 5) * side**3
 
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -139,12 +136,15 @@ def clip_work(config: ModelConfig, batch: int, length: int) -> Step:
 def orthogonality_error(count: int, rows: int, columns: int, decay: float) -> list[float]:
     """Mean distance of singular values from one, ours divided by torch's, over batches with the given spectrum."""
     found = []
+    scheme = SCHEMES[OptimizerConfig().newton_schulz]
     for seed in range(5):
         random = torch.randn(count, rows, columns, generator=torch.Generator().manual_seed(seed))
         u, s, v = torch.linalg.svd(random, full_matrices=False)
         batch = (u * (s * torch.logspace(0, -decay, s.shape[1]))[:, None]) @ v
-        theirs = torch.stack([_zeropower_via_newtonschulz(matrix, MOONLIGHT[0], 5, EPS) for matrix in batch])
-        errors = [(torch.linalg.svdvals(o.double()) - 1).abs().mean().item() for o in (orthogonalize(batch), theirs)]
+        theirs = torch.stack([_zeropower_via_newtonschulz(matrix, PUBLISHED, 5, EPS) for matrix in batch])
+        errors = [
+            (torch.linalg.svdvals(o.double()) - 1).abs().mean().item() for o in (orthogonalize(batch, scheme), theirs)
+        ]
         found.append(errors[0] / errors[1])
     return sorted(found)
 
@@ -157,6 +157,8 @@ def measure(rounds: int) -> Iterator[Row]:
     muon = own_step(config)
     peer_step, floor = torch_step(config), product_floor(config)
     yield row("MuonClip step, reference shape", peer, ratios(peer_step, muon, rounds), 3.0, "higher")
+    published = own_step(config, newton_schulz="moonlight")
+    yield row("MuonClip step, Moonlight's iterations", peer, ratios(peer_step, published, rounds), None, "higher")
     bound = "bound: its multiplications alone, at the speed of a 1024-cube product"
     yield row(bound, peer, ratios(peer_step, floor, rounds), None, "higher")
     yield row("MuonClip step, reference shape", "the same bound", ratios(muon, floor, rounds), None, "lower")
@@ -169,11 +171,11 @@ def measure(rounds: int) -> Iterator[Row]:
     clip = clip_work(config, batch, length)
     claim = "QK-Clip with statistics, share of a training step"
     yield row(claim, "training step", ratios(clip, whole, rounds), 0.01, "lower")
-    for (rows, columns), decay in product(((128, 256), (256, 1024), (96, 256), (256, 192)), (0, 2)):
+    for (rows, columns), decay in product(((128, 256), (256, 1024), (96, 256), (256, 192)), (0, 2, 4)):
         errors = orthogonality_error(8, rows, columns, decay)
         claim = f"orthogonality error, {rows}x{columns}, random times a decay of 1e-{decay}"
         yield row(claim, "torch.optim.Muon", errors, 1.0, "lower")
 
 
 if __name__ == "__main__":
-    run(__doc__, measure, 7)
+    run(__doc__, measure, 9)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from k2.kernels.symmetric import newton_schulz, reference, symmetric_product
-
-MOONLIGHT = ((3.4445, -4.7750, 2.0315),) * 5
+from k2.optim.schemes import SCHEMES
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 130, 70), (1, 128, 64), (3, 17, 300), (1, 257, 3)], ids=str)
@@ -20,16 +19,19 @@ def test_product(shape):
 
 
 @pytest.mark.parametrize("shape", [(2, 20, 48), (1, 140, 33), (1, 1, 5)], ids=str)
-def test_newton_schulz(shape):
+@pytest.mark.parametrize("name", SCHEMES)
+def test_newton_schulz(name, shape):
     matrices = torch.randn(shape)
     matrices[-1] *= 1e-3
     u, s, v = torch.linalg.svd(matrices.double(), full_matrices=False)
-    s = s / torch.linalg.vector_norm(s, dim=-1, keepdim=True)
-    for a, b, c in MOONLIGHT:
+    scheme = SCHEMES[name]
+    s = s / torch.linalg.vector_norm(s, ord=8 if scheme.tight else 2, dim=-1, keepdim=True)
+    for a, b, c in scheme.polynomials:
         s = a * s + b * s**3 + c * s**5
     expected = (u * s[:, None]) @ v
-    torch.testing.assert_close(newton_schulz(matrices, MOONLIGHT).double(), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(newton_schulz(matrices, scheme).double(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_zeros_stay_zero():
-    assert newton_schulz(torch.zeros(1, 4, 8), MOONLIGHT).abs().max() == 0
+@pytest.mark.parametrize("name", SCHEMES)
+def test_zeros_stay_zero(name):
+    assert newton_schulz(torch.zeros(1, 4, 8), SCHEMES[name]).abs().max() == 0

@@ -53,7 +53,7 @@ def test_parity_with_torch_on_every_logical_matrix(nesterov: bool) -> None:
         ),
         torch.optim.AdamW(adamw, lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
     ]
-    advance(net, optimizer(net, nesterov=nesterov), range(STEPS))
+    advance(net, optimizer(net, nesterov=nesterov, newton_schulz="moonlight"), range(STEPS))
     for step in range(STEPS):
         found = gradients(net, step)
         for name, tensor in LAYOUT.items():

@@ -11,6 +11,7 @@ from k2.commands.options import configuration, json_output, load
 PIPELINES = (
     "k2",
     "ablations/qk_clip",
+    "ablations/qk_clip_decay",
     "ablations/muonclip_vs_adamw",
     "ablations/sparsity",
     "ablations/heads",

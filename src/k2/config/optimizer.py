@@ -11,7 +11,9 @@ class OptimizerConfig(Section):
     matrices: Literal["muon", "adamw"] = setting("muon", "what updates the matrices; adamw is there to compare with")
     momentum: float = setting(0.95, "Muon's momentum (mu)", ge=0, lt=1)
     nesterov: bool = setting(True, "feed mu * M + G to Newton-Schulz instead of M, as Moonlight does")
-    newton_schulz_steps: int = setting(5, "iterations of Newton-Schulz", ge=1, le=20)
+    newton_schulz: Literal["polar_express", "moonlight"] = setting(
+        "polar_express", "iterations: four best polynomials (arXiv 2505.16932) or Moonlight's five equal ones"
+    )
     newton_schulz_bf16: bool = setting(True, "orthogonalise in bfloat16; false takes float32")
     update_rms: float = setting(0.2, "root mean square of a full-rank Muon update, before the learning rate", gt=0)
     weight_decay: float = setting(0.1, "decoupled weight decay of every weight, gains included", ge=0)

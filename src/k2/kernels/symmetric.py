@@ -6,14 +6,13 @@ both G and G^2 = G G^T are such products (Moonlight, arXiv 2502.16982, section 2
 Letters in shapes: N matrices, R rows, C columns.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from k2.kernels.launch import Launch, Work
 from k2.kernels.runtime import Float, Int, Ptr, Tile, blocks, dot, jit, rounded, runs_here, tile_for
+from k2.optim.schemes import Scheme
 
 EPS = 1e-7
 """Smallest Frobenius norm that a matrix is divided by."""
@@ -84,7 +83,7 @@ def symmetric_product(x_NRC: Tensor, add_NRR: Tensor | None = None, alpha: float
     return y_NRR
 
 
-def newton_schulz(matrices_NRC: Tensor, polynomials: Sequence[tuple[float, float, float]]) -> Tensor:
+def newton_schulz(matrices_NRC: Tensor, scheme: Scheme) -> Tensor:
     """Replace the singular values of every matrix by values near one.
 
     A step costs R^2 C + R^3 multiplications for the two symmetric products and 2 R^2 C for the third, where ordinary
@@ -92,16 +91,23 @@ def newton_schulz(matrices_NRC: Tensor, polynomials: Sequence[tuple[float, float
 
     Args:
         matrices_NRC: a batch; zero matrices stay zero.
-        polynomials: (a, b, c) of the iterations, as in `k2.optim.newton_schulz`.
+        scheme: one of `k2.optim.schemes.SCHEMES`.
     """
     tall = matrices_NRC.shape[1] > matrices_NRC.shape[2]
     x = (matrices_NRC.mT if tall else matrices_NRC).contiguous()
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = x / norm.clamp_(min=EPS).to(x.dtype)
-    for a, b, c in polynomials:
+    x = x / _norm(x).to(x.dtype)
+    if scheme.tight:
+        fourth = symmetric_product(symmetric_product(x))  # its norm is the fourth power of X's Schatten 8-norm
+        x = x / _norm(fourth).pow(0.25).to(x.dtype)
+    for a, b, c in scheme.polynomials:
         gram_NRR = symmetric_product(x)
         x = torch.baddbmm(x, symmetric_product(gram_NRR, gram_NRR, c, b), x, beta=a)
     return x.mT if tall else x
+
+
+def _norm(x_NRC: Tensor) -> Tensor:
+    wide = torch.promote_types(x_NRC.dtype, torch.float32)
+    return torch.linalg.vector_norm(x_NRC, dim=(1, 2), keepdim=True, dtype=wide).clamp_(min=EPS)
 
 
 def _launches() -> tuple[Launch, ...]:

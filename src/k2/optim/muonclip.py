@@ -18,10 +18,11 @@ from torch.optim.adamw import adamw
 from k2.config.optimizer import OptimizerConfig
 from k2.model.layout import LogicalTensor
 from k2.optim.chunks import Piece, equal_shapes, total
-from k2.optim.newton_schulz import MOONLIGHT, Workspace
+from k2.optim.newton_schulz import Workspace
 from k2.optim.norms import stable_norm
 from k2.optim.partition import Block, partition
 from k2.optim.qk_clip import ClipReport, QKClip, spectral_norms
+from k2.optim.schemes import SCHEMES
 
 
 class MuonClip(torch.optim.Optimizer):
@@ -56,7 +57,6 @@ class MuonClip(torch.optim.Optimizer):
         groups = [{"params": [self._parameters[n] for n in names], "lr": lr} for names in (muon, parts.adamw)]
         super().__init__(groups, {})
         self._muon, self._adamw = list(muon), list(parts.adamw)
-        self._polynomials = MOONLIGHT[:1] * config.newton_schulz_steps
         self._weights = {name: _master(p) for name, p in self._parameters.items()}
         self._tensors = self._initial_state()
         self._chunks = self._plan(parts.blocks)
@@ -138,7 +138,7 @@ class MuonClip(torch.optim.Optimizer):
             momentum.lerp_(gradient, 1 - config.momentum)
             torch.lerp(gradient, momentum, config.momentum if config.nesterov else 1.0, out=wide)
         self._workspace.input(*shape).copy_(wide_NRC)
-        wide_NRC.copy_(self._workspace.orthogonalize(self._polynomials))
+        wide_NRC.copy_(self._workspace.orthogonalize(SCHEMES[config.newton_schulz]))
         # Lemma 1 of Moonlight: a full-rank orthogonal [R, C] has the RMS 1 / sqrt(max(R, C)).
         scale = config.update_rms * sqrt(max(shape[1:]))
         for piece, wide in zip(pieces, torch.split(wide_NRC, counts), strict=True):

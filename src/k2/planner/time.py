@@ -9,13 +9,15 @@ from functools import lru_cache
 
 from k2.config.cluster import Cluster
 from k2.config.model import ModelConfig
+from k2.config.optimizer import OptimizerConfig
 from k2.model.cost import token_cost
 from k2.model.layout import logical_tensors
+from k2.optim.schemes import SCHEMES
 from k2.planner.layout import Layout, layers_of_rank
 from k2.planner.memory import BF16, FP32, chunk_bytes, layer_sizes, stage_sizes
 
 GIGA, TERA = 1e9, 1e12
-NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_STEPS = len(SCHEMES[OptimizerConfig().newton_schulz].polynomials)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _recomputed_flops(model: ModelConfig, layout: Layout, stage: int) -> float:
 
 @lru_cache(maxsize=8)
 def _newton_schulz_flops(model: ModelConfig) -> dict[str | int, tuple[float, float]]:
-    """Operations for routed and other matrices of every layer: 5 x (4 m^2 n + 2 m^3), m the shorter side."""
+    """Operations for routed and other matrices of every layer: 4 m^2 n + 2 m^3 an iteration, m the shorter side."""
     found: dict[str | int, tuple[float, float]] = {}
     for tensor in logical_tensors(model):
         if tensor.group == "muon" and tensor.layer is not None:

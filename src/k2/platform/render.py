@@ -19,6 +19,7 @@ PIPELINES = {
     "ablation-heads": ("pipelines.ablations.heads", "heads"),
     "ablation-muonclip-vs-adamw": ("pipelines.ablations.muonclip_vs_adamw", "muonclip_vs_adamw"),
     "ablation-qk-clip": ("pipelines.ablations.qk_clip", "qk_clip"),
+    "ablation-qk-clip-decay": ("pipelines.ablations.qk_clip_decay", "qk_clip_decay"),
     "ablation-sparsity": ("pipelines.ablations.sparsity", "sparsity"),
 }
 """Pipeline -> module and function."""
