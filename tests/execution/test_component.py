@@ -3,10 +3,14 @@
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pytest
 from kfp.dsl import Metrics
 
-from k2.execution.component import log_metrics
+from k2.config.load import load_config
+from k2.execution.component import log_metrics, run_component
 from k2.monitoring.run_record import read_run, summary, write_stage_record
 from k2.store.artifacts import Artifact, finite, open_uri
 from k2.store.client import Store
@@ -46,6 +50,37 @@ def test_kfp_metrics_are_finite_and_say_what_was_not() -> None:
         "done": True,
     }
     json.dumps(output.metadata, allow_nan=False)
+
+
+class Output:
+    """As much of a KFP artifact as a component needs."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.metadata = str(path), dict[str, object]()
+
+    def log_metric(self, name: str, value: float) -> None:
+        self.metadata[name] = value
+
+
+def test_a_run_has_a_report_as_soon_as_a_stage_ended_well_or_badly(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("Experts are many, and few of them work on a token. " * 40)
+
+    def corpus(path: Path) -> None:
+        config = load_config("nano", {"run": "r", "corpus": {"paths": [str(path)]}})
+        run_component("corpus", config.model_dump_json(), Output(tmp_path / "artifact"), Output(tmp_path / "metrics"))
+
+    def pages() -> tuple[dict[str, Any], str]:
+        return json.loads(store.get("runs/r/summary.json") or b""), (store.get("runs/r/report.html") or b"").decode()
+
+    corpus(tmp_path / "corpus.txt")
+    found, page = pages()
+    assert (found["status"], found["stages"]["corpus"]["status"]) == ("running", "done")
+    assert "running" in page
+    with pytest.raises(SystemExit):
+        corpus(tmp_path / "nowhere.txt")
+    found, page = pages()
+    assert (found["status"], found["stages"]["corpus"]["status"]) == ("failed", "failed")
+    assert "nowhere.txt" in page
 
 
 def test_finite_metrics_have_no_flag() -> None:

@@ -43,12 +43,31 @@ def resolve_config(preset: str, overrides: str, run: str) -> str:
 def run_component(stage: str, config_json: str, artifact: Any, metrics: Any, **inputs: Any) -> None:
     """Run one stage for KFP: inputs are small manifest files, and so is the output.
 
+    What it adds to the run's report is published at once: a run that fails, or is never heard of again, has one too.
+
     Raises:
         SystemExit: 2 for a user error, 1 for any other; the error is in the run's record.
     """
     config = validate(json.loads(config_json))
     opened = {name: Path(each.path).read_text() for name, each in inputs.items()}
-    deliver(recorded(stage, getattr(config, stage), opened, config.run), artifact, metrics)
+    try:
+        outcome = recorded(stage, getattr(config, stage), opened, config.run)
+    except SystemExit:
+        _publish_pages(config.run, config.preset, "failed")
+        raise
+    if not outcome.cached:
+        _publish_pages(config.run, config.preset, "running")
+    deliver(outcome, artifact, metrics)
+
+
+def _publish_pages(run: str, preset: str, status: str) -> None:
+    """Never at the expense of the stage: the exit handler tries again."""
+    from k2.monitoring.report import publish_pages
+
+    try:
+        publish_pages(Store.from_environment(), run, preset, status)
+    except StageError as error:
+        log.warning("the report of %s is not up to date: %s", run, error)
 
 
 def deliver(outcome: Outcome, artifact: Any, metrics: Any) -> None:

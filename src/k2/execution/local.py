@@ -105,7 +105,7 @@ def run_pipeline(
             "python": python,
         }
         status = _run_child(child, request, [] if study else list(STAGES), folder, stream)
-        if store.stat(f"runs/{run}/report.html") is None or status == "interrupted":
+        if status == "interrupted" or not _reported(store, run):
             recorded("report", ReportConfig(run=run, preset=config.preset, status=status), {}, run)
         return _finish(store, config.preset, run, status, time.monotonic() - started, folder)
 
@@ -182,6 +182,11 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+
+
+def _reported(store: Store, run: str) -> bool:
+    """Whether the exit handler has made the last report; before, there is the one of the stage that ended last."""
+    return any((record["stage"], record["status"]) == ("report", "done") for record in read_run(store, run))
 
 
 def _finish(store: Store, preset: str, run: str, status: str, wall_s: float, folder: Path) -> RunResult:

@@ -1,5 +1,6 @@
 """The HTML report of a run: one self-contained page from whatever the run left in the store."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from k2.monitoring.model_sections import (
     sft_section,
 )
 from k2.monitoring.page import render_template
+from k2.monitoring.run_record import elapsed, read_run, summary
 from k2.store.artifacts import open_uri
 from k2.store.client import Store
 
@@ -68,6 +70,23 @@ def render_report(store: Store, run: Run, records: Sequence[Mapping[str, Any]], 
         if len(page.encode()) <= MAX_BYTES:
             break
     return page
+
+
+def publish_pages(
+    store: Store, run: str, preset: str, status: str, examples: int = 3
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Put `summary.json` and `report.html` of a run, as it is now, under `runs/<run>/`.
+
+    Returns them by name, and the records of the stages that they are about.
+    """
+    records = [record for record in read_run(store, run) if record["stage"] != "report"]
+    about = Run(run, preset, status, elapsed(records))
+    totals = summary(run, preset, status, about.wall_s, records)
+    page = render_report(store, about, records, examples)
+    pages = {"summary.json": json.dumps(totals, indent=1, sort_keys=True) + "\n", "report.html": page}
+    for name, text in pages.items():
+        store.put(f"runs/{run}/{name}", text.encode())
+    return pages, records
 
 
 def collect(store: Store, records: Sequence[Mapping[str, Any]]) -> dict[str, StageView]:
