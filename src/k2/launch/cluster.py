@@ -111,16 +111,22 @@ class Cluster:
                 raise
 
     def log(self, pod: str, container: str, since: str | None) -> str:
-        """What a container wrote, each line after its time; from `since` on, a time to the second."""
+        """What a container wrote, each line after its time; from `since` on, a time to the second.
+
+        Asked once: the server fails for as long as the pod's node is away.
+        """
         query = {"container": container, "timestamps": "true"} | ({"sinceTime": since} if since else {})
-        return self._request("GET", PODS.path(self.namespace, pod, "log"), None, query).decode(errors="replace")
+        path = PODS.path(self.namespace, pod, "log")
+        return self._request("GET", path, None, query, patience_s=0.0).decode(errors="replace")
 
     def _json(self, method: str, path: str, body: Object | None = None, query: Mapping[str, str] | None = None) -> Any:
-        return json.loads(self._request(method, path, body, query or {}))
+        return json.loads(self._request(method, path, body, query or {}, self.patience_s))
 
-    def _request(self, method: str, path: str, body: Object | None, query: Mapping[str, str]) -> bytes:
+    def _request(
+        self, method: str, path: str, body: Object | None, query: Mapping[str, str], patience_s: float
+    ) -> bytes:
         """Repeat a request while the server fails, at growing intervals."""
-        deadline, delay = time.monotonic() + self.patience_s, FIRST_DELAY_S
+        deadline, delay = time.monotonic() + patience_s, FIRST_DELAY_S
         while True:
             try:
                 return self._once(method, path, body, query)
@@ -131,7 +137,7 @@ class Cluster:
             except (HTTPError, OSError) as error:
                 status, problem = 0, type(error).__name__
             if time.monotonic() + delay > deadline:
-                raise ClusterError(f"{self.api.configuration.host}: {problem}, for {self.patience_s:g} s", status)
+                raise ClusterError(f"{self.api.configuration.host}: {problem}, for {patience_s:g} s", status)
             log.warning("%s %s: %s; asked again in %.1f s", method, path, problem, delay)
             time.sleep(delay * random.uniform(0.8, 1.2))
             delay = min(2 * delay, LONGEST_DELAY_S)

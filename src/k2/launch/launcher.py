@@ -197,7 +197,8 @@ class _Watch:
         """Follow the job's state and log.
 
         Raises:
-            StageError: it failed, was deleted, or took too long and was deleted here.
+            UserError: it failed by an error of the user's.
+            StageError: it failed otherwise, was deleted, or took too long and was deleted here.
         """
         seen = flushed = time.monotonic()
         while True:
@@ -213,7 +214,7 @@ class _Watch:
             if self.status.state is State.COMPLETE:
                 return
             if self.status.state is State.FAILED:
-                raise StageError(self._failure())
+                raise self._failure()
             self._enforce(job, now)
             if now - flushed > self.times.flush_s:
                 self.sink.flush()
@@ -240,9 +241,11 @@ class _Watch:
             self.reader = LogReader(self.cluster, name, CONTAINER)
         self.sink.write(self.reader.lines())
 
-    def _failure(self) -> str:
+    def _failure(self) -> StageError | UserError:
+        """The user's error where a pod ended with the exit code for it, which its failure policy tells."""
+        kind = UserError if "PodFailurePolicy" in self.status.reason else StageError
         last = "\n".join(self.sink.tail)
-        return f"{self.name}: the job failed ({self.status.reason}); its log ends with\n{last}"
+        return kind(f"{self.name}: the job failed ({self.status.reason}); its log ends with\n{last}")
 
     def _enforce(self, job: Object, now: float) -> None:
         """The limits on waiting and on working, which are separate."""
@@ -250,7 +253,7 @@ class _Watch:
         if self.status.state is State.RUNNING:
             if self.ran_s > self.here.timeout_s:
                 self._give_up(f"still runs after {self.here.timeout_s} s; raise timeouts.stages.{self.here.task}")
-        elif self.status.state is State.SUSPENDED and waited > self.times.admission_s and self._workload(job) is None:
+        elif self._unknown_to_kueue(job, waited):
             self._give_up(
                 f"Kueue made no Workload for it in {self.times.admission_s:g} s, so it would stay suspended for ever:"
                 " is Kueue running, and does it manage this kind of job in this namespace?"
@@ -259,9 +262,14 @@ class _Watch:
             limit, reason = self.here.queue_timeout_s, _why(self._workload(job)) or self.status.reason
             self._give_up(f"was {self.status.state} for {limit} s ({reason}); raise timeouts.queue_hours")
 
+    def _unknown_to_kueue(self, job: Object, waited: float) -> bool:
+        """Whether the job is suspended for a queue whose keeper should have noticed it by now."""
+        late = self.status.state is State.SUSPENDED and waited > self.times.admission_s
+        return late and self.here.pool.queue is not None and self._workload(job) is None
+
     def _workload(self, job: Object) -> Object | None:
         """What Kueue made for the job."""
-        if not self.here.pool.queue:
+        if self.here.pool.queue is None:
             return None
         for workload in self.cluster.list(WORKLOADS):
             if any(each["uid"] == job["metadata"]["uid"] for each in workload["metadata"].get("ownerReferences") or ()):

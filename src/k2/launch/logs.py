@@ -36,13 +36,17 @@ class LogReader:
         self._given = 0
 
     def lines(self) -> list[str]:
-        """What was written since; nothing while the container does not run yet, or when its pod is gone."""
+        """What was written since; nothing while the container does not run yet, or its pod or node is away.
+
+        Raises:
+            ClusterError: the right to read logs is missing.
+        """
         try:
             text = self._cluster.log(self.pod, self._container, self._second)
         except ClusterError as error:
-            if error.status in (400, 404):
-                return []
-            raise
+            if error.status == 403:
+                raise
+            return []
         # The server is asked for whole seconds, of which some lines were given already.
         stamped = [line.partition(" ") for line in text.splitlines() if line][self._given :]
         if stamped:
