@@ -14,14 +14,21 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import BinaryIO
 
 ROOT = Path(__file__).parents[1]
 CACHE = Path.home() / ".cache" / "k2" / "images"
 LOCKS = ("requirements.lock", "requirements-nodeps.lock", "pyproject.toml")
 CONTEXT = (*LOCKS, "README.md", "LICENSE", "src", "components", "pipelines", "images/finish.py")
-PACKAGES = "ca-certificates,git,python3,python3-pip,python3-venv"
-DEBIAN = f"localhost/k2/python:3.11-debian12-{hashlib.sha256(PACKAGES.encode()).hexdigest()[:8]}"
+PACKAGES = "ca-certificates,git,python3"
+BUILD_PACKAGES = "binutils,ca-certificates,python3,python3-pip,python3-venv"
+SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
+LEFT_OUT = ("/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*")
+REMOVED = (
+    *("/usr/lib/python3*/EXTERNALLY-MANAGED", "/var/lib/apt/lists/*", "/var/cache/apt/*.bin"),
+    # Git's scripts in Perl, and what it needs to reach or to be a server: K2 uses it on local repositories.
+    *("/usr/share/perl", "/usr/lib/*/perl", "/usr/bin/perl5*", "/usr/bin/scalar", "/usr/bin/git-shell"),
+    *(f"/usr/lib/git-core/{name}" for name in ("git-daemon", "git-http-*", "git-imap-send", "git-remote-*", "scalar")),
+)
 
 
 def files() -> list[Path]:
@@ -74,33 +81,35 @@ def wheelhouse() -> Path:
     return folder
 
 
-def debian_base() -> str:
+def debian_name(packages: str) -> str:
+    """Name of the base image that has these packages."""
+    content = "\n".join((packages, *LEFT_OUT, *REMOVED)).encode()
+    return f"localhost/k2/python:3.11-debian12-{hashlib.sha256(content).hexdigest()[:8]}"
+
+
+def debian_base(packages: str) -> str:
     """A base image with Python 3.11 from this machine's own package sources (Debian 12): no registry needed."""
-    if not exists(DEBIAN):
+    image = debian_name(packages)
+    if not exists(image):
         CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            subprocess.run(_bootstrap(Path(folder) / "root.tar"), check=True, stdin=_sources())
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder, SOURCES.open("rb") as sources:
+            subprocess.run(_bootstrap(packages, Path(folder) / "root.tar"), check=True, stdin=sources)
             (Path(folder) / "Dockerfile").write_text("FROM scratch\nADD root.tar /\n")
-            subprocess.run([*engine(), "--tag", DEBIAN, folder], check=True, stdout=subprocess.DEVNULL)
-    return DEBIAN
+            subprocess.run([*engine(), "--tag", image, folder], check=True, stdout=subprocess.DEVNULL)
+    return image
 
 
-def _sources() -> BinaryIO:
-    return Path("/etc/apt/sources.list.d/debian.sources").open("rb")
-
-
-def _bootstrap(tar: Path) -> list[str]:
-    left_out = ("path-exclude=/usr/share/man/*", "path-exclude=/usr/share/locale/*", "path-exclude=/usr/share/doc/*")
-    clean = 'rm -rf "$1"/usr/lib/python3*/EXTERNALLY-MANAGED "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*.bin'
+def _bootstrap(packages: str, tar: Path) -> list[str]:
+    clean = " ".join(("rm -rf", *(f'"$1"{path}' for path in REMOVED)))
     return [
-        *("mmdebstrap", "--quiet", "--variant=minbase", f"--include={PACKAGES}"),
-        *(f"--dpkgopt={option}" for option in (*left_out, "path-include=/usr/share/doc/*/copyright")),
-        *(f"--customize-hook={clean}", "bookworm", str(tar), "-"),
+        *("mmdebstrap", "--quiet", "--variant=minbase", f"--include={packages}"),
+        *(f"--dpkgopt=path-exclude={path}" for path in LEFT_OUT),
+        *("--dpkgopt=path-include=/usr/share/doc/*/copyright", f"--customize-hook={clean}", "bookworm", str(tar), "-"),
     ]
 
 
-def build(kind: str, base: str, *, offline: bool) -> str:
-    """Build one image and return its name."""
+def build(kind: str, base: str, build_base: str, *, offline: bool) -> str:
+    """Build one image and return its name; `build_base` has what only the build needs."""
     image = f"localhost/k2/{kind}:{content_tag(kind, base)}"
     if exists(image):
         return image
@@ -110,7 +119,8 @@ def build(kind: str, base: str, *, offline: bool) -> str:
             (context / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / path, context / path)
         command = [*engine(), "--tag", image, "--file", str(context / "images" / kind / "Dockerfile")]
-        command += ["--build-arg", f"BASE_IMAGE={base}", "--build-arg", f"REVISION={revision()}"]
+        arguments = {"BASE_IMAGE": base, "BUILD_IMAGE": build_base, "REVISION": revision()}
+        command += [f"--build-arg={name}={value}" for name, value in arguments.items()]
         command += _offline(context) if offline else []
         subprocess.run([*command, folder], check=True, stdout=sys.stderr)
     return image
@@ -138,8 +148,10 @@ def main() -> None:
     parser.add_argument("--base", default="python:3.11-slim-bookworm", help="image to build on; `debian` makes one")
     parser.add_argument("--offline", action="store_true", help="make the wheels here, build without network")
     chosen = parser.parse_args()
-    base = debian_base() if chosen.base == "debian" else chosen.base
-    print(build(chosen.kind, base, offline=chosen.offline))
+    base = build_base = chosen.base
+    if chosen.base == "debian":
+        base, build_base = debian_base(PACKAGES), debian_base(BUILD_PACKAGES)
+    print(build(chosen.kind, base, build_base, offline=chosen.offline))
 
 
 if __name__ == "__main__":

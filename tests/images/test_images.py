@@ -37,7 +37,7 @@ def test_hadolint_is_content(kind: str) -> None:
 def test_structure(kind: str) -> None:
     found = instructions(kind)
     stages = [argument for name, argument in found if name == "FROM"]
-    assert stages == ["${BASE_IMAGE} AS build", "${BASE_IMAGE}"]
+    assert stages == ["${BUILD_IMAGE} AS build", "${BASE_IMAGE}"]
     final = found[max(i for i, (name, _) in enumerate(found) if name == "FROM") :]
     values: dict[str, list[str]] = {}
     for name, argument in final:
@@ -126,7 +126,9 @@ def container() -> Iterator[str]:
     """A container of the built CPU image: `K2_IMAGE`, or what `--base debian` makes of this work tree."""
     if subprocess.run(["which", "buildah"], capture_output=True, check=False).returncode:
         pytest.skip("needs buildah and an image: python images/build.py cpu --offline --base debian")
-    image = os.environ.get("K2_IMAGE") or f"localhost/k2/cpu:{build.content_tag('cpu', build.DEBIAN)}"
+    image = (
+        os.environ.get("K2_IMAGE") or f"localhost/k2/cpu:{build.content_tag('cpu', build.debian_name(build.PACKAGES))}"
+    )
     made = subprocess.run(["buildah", "from", "--pull-never", image], capture_output=True, text=True, check=False)
     if made.returncode:
         pytest.skip(f"needs {image}: python images/build.py cpu --offline --base debian")

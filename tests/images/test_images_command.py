@@ -7,13 +7,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from k2.cli import main
-from tests.manifests.render import ROOT
+from tests.manifests.render import ROOT, kustomize, pod_templates
 
 DEPLOYMENT = str(ROOT / "pipelines" / "deployments" / "gpu.yaml")
 
 
-def k2(*arguments: str) -> Result:
-    return CliRunner().invoke(main, ["images", *arguments, "--deployment", DEPLOYMENT])
+def k2(*arguments: str, deployment: str = DEPLOYMENT) -> Result:
+    return CliRunner().invoke(main, ["images", *arguments, "--deployment", deployment])
 
 
 @pytest.fixture
@@ -32,6 +32,18 @@ def test_list_prints_every_image_by_digest() -> None:
     lines = k2("list").output.split()
     assert [line.partition("@sha256:")[0] for line in lines] == ["registry.example/k2/cpu", "registry.example/k2/gpu"]
     assert set(json.loads(k2("list", "--json").output)) == {"cpu", "gpu"}
+
+
+@pytest.mark.parametrize("overlay", ["dev", "prod", "profile"])
+def test_no_object_pulls_an_image_that_is_not_listed(overlay: str) -> None:
+    """Uploads, the store and training runtimes run the images of the deployment file too; jobs take theirs from it."""
+    listed = k2("list", deployment=str(ROOT / "manifests" / "overlays" / overlay / "deployment.yaml")).output.split()
+    admin = {"profile": "profile"}.get(overlay, "standalone")
+    objects = (*kustomize(f"manifests/overlays/{overlay}"), *kustomize(f"manifests/admin/overlays/{admin}"))
+    pods = [template["spec"] for thing in objects for template in pod_templates(thing)]
+    used = {each["image"] for pod in pods for each in (*pod["containers"], *pod.get("initContainers", []))}
+    assert used
+    assert used <= set(listed)
 
 
 def test_mirror_copies_and_prints_what_the_deployment_file_then_says(skopeo: Path) -> None:
