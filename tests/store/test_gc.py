@@ -176,6 +176,8 @@ def test_what_k2_did_not_write_is_not_touched(store: Store) -> None:
     }
     for each in theirs:
         store.put(each, b"x")
+    with Lease(store, "work/by-hand/lease.json") as lease:
+        WorkArea(store, "by-hand", lease).save({"step": b"1"})
     made = sweep.plan(store, KINDS, Policy(days=0, grace_hours=0))
     assert made.items == ()
     assert made.stays["foreign_objects"] == len(theirs)

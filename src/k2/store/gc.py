@@ -160,20 +160,20 @@ def _add_artifact(store: Store, found: Inventory, name: str, modified: float) ->
 
 def _add_root(store: Store, found: Inventory, info: ObjectInfo) -> None:
     folder, _, rest = info.name.partition("/")
-    if folder in ("work", "readers", "schedules") or info.name.startswith(CONDEMNED):
-        body = store.get(info.name)
-        if body is None:
-            return
-        if folder == "gc":
-            record = json.loads(body)
-            found.artifacts.append(Published(Manifest(**record["manifest"]), record["published"], condemned=True))
-        else:
-            found.leases[info.name] = parse_holder(body)
-    elif folder == "aliases":
-        body = store.get(info.name)
-        found.aliases |= {rest.removesuffix(".json"): json.loads(body)["uri"]} if body else {}
-    elif folder not in ("gc", "scores", "spending"):
+    lease = folder == "readers" or (folder in ("work", "schedules") and rest.endswith("lease.json"))
+    if folder not in ("aliases", "gc", "readers", "schedules", "scores", "spending", "work"):
         found.foreign.append(info)
+        return
+    body = store.get(info.name) if lease or folder == "aliases" or info.name.startswith(CONDEMNED) else None
+    if body is None:
+        return
+    if lease:
+        found.leases[info.name] = parse_holder(body)
+    elif folder == "aliases":
+        found.aliases[rest.removesuffix(".json")] = json.loads(body)["uri"]
+    else:
+        record = json.loads(body)
+        found.artifacts.append(Published(Manifest(**record["manifest"]), record["published"], condemned=True))
 
 
 def _uris(store: Store, infos: Iterable[ObjectInfo]) -> Iterator[str]:
