@@ -18,9 +18,9 @@ from k2.config.cluster import Cluster
 from k2.config.deployment import Deployment
 from k2.config.load import load_config
 from k2.model.layout import flops_per_token, parameter_counts
-from k2.planner.layout import Layout, layers_of_chunks
+from k2.planner.layout import ACTIVATION_SWITCHES, Layout, layers_of_chunks
 from k2.planner.memory import chunk_bytes, in_flight, stage_memory, stage_sizes
-from k2.planner.plan import checkpointing, describe, make_plan, problem, search, what_if
+from k2.planner.plan import checkpointing, describe, make_plan, problem, search, sync_seconds, what_if
 from k2.planner.report import helm_values, plan_page
 from k2.planner.time import stage_flops, step_time
 
@@ -230,3 +230,20 @@ def test_a_constant_without_value_or_source_is_named(tmp_path: Path, section: st
     code, out = run("k2-1t", "--cluster", str(tmp_path / "mine.yaml"))
     assert code == 2
     assert message in out
+
+
+def test_a_long_context_that_does_not_fit_gets_switches_or_another_division() -> None:
+    layout = Layout(pp=16, ep=32, dp=4, fp8_storage=False)
+    plan = make_plan(K2, layout, cluster("h800-2048"))
+    assert plan.long_layout.micro_batch_tokens == K2.long_context_length
+    assert replace(layout, **ACTIVATION_SWITCHES[-1], micro_batch_tokens=K2.long_context_length) == plan.long_layout
+    assert 0 < plan.long_fullest.gpu <= 75e9
+    few = make_plan(K2, PUBLISHED, cluster("h800-256"))
+    longer = K2.model_copy(update={"context_length": K2.long_context_length})
+    assert few.long_layout.pp > PUBLISHED.pp
+    assert problem(longer, few.long_layout, cluster("h800-256")) is None
+
+
+def test_weights_reach_all_ranks_within_the_published_half_minute() -> None:
+    assert 5 < sync_seconds(K2.model, cluster("h800-256")) < 30
+    assert 5 < sync_seconds(K2.model, cluster("h800-2048")) < 30

@@ -1,9 +1,9 @@
 """`k2 plan`: what pretraining a preset takes on a cluster."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--cluster-set", "constants", multiple=True, metavar="PATH=VALUE", help="A constant; repeatable.")
 @click.option("--top", type=click.IntRange(1, 50), default=5, show_default=True, help="How many layouts to list.")
 @click.option("--html", "page", type=click.Path(path_type=Path), help="Write the plan as a page.")
+@click.option("--dry-run", "rank", type=click.IntRange(0), help="Also build this rank's part and count its exchanges.")
 @json_output
 def plan(
     preset: str,
@@ -31,6 +32,7 @@ def plan(
     constants: tuple[str, ...],
     top: int,
     page: Path | None,
+    rank: int | None,
     as_json: bool,
 ) -> None:
     """What pretraining PRESET takes on a cluster: memory, time, GPU-hours, money.
@@ -38,6 +40,7 @@ def plan(
     \b
     k2 plan k2-1t --cluster h800-2048
     k2 plan k2-1t --cluster h800-256 --layout pp=16,ep=16,offload_optimizer=true
+    k2 plan k2-1t --cluster h800-2048 --dry-run 0
     k2 plan k2-1t --cluster my.yaml --cluster-set gpu.efficiency=0.4 --html plan.html
     """
     from k2.planner.layout import Layout, parse_layout
@@ -57,7 +60,13 @@ def plan(
     listed = ["", "GB, s a step, MFU, days, cost of the fastest layouts"]
     listed += ["  " + " | ".join(row) for row in comparison(plans)]
     text = plan_text(best, cluster) + ("\n".join(["", *listed]) if len(plans) > 1 else "")
-    echo({"cluster": cluster.name, "plans": [each.as_dict() for each in plans]}, as_json, text)
+    document: dict[str, Any] = {"cluster": cluster.name, "plans": [each.as_dict() for each in plans]}
+    if rank is not None:
+        from k2.distributed.dry_run import dry_run
+
+        found = dry_run(config, best.layout, rank)
+        document, text = document | {"dry_run": asdict(found)}, f"{text}\n\n{found.text()}"
+    echo(document, as_json, text)
 
 
 def load_cluster(place: str, constants: tuple[str, ...]) -> "Cluster":

@@ -74,10 +74,11 @@ def join(
     dist.all_gather_object(found, mine)
     if refused := _refusal(found):
         raise UserError(refused)
-    return _mesh(layout, "cuda" if "nccl" in backend else "cpu")
+    return divide(layout, "cuda" if "nccl" in backend else "cpu")
 
 
-def _mesh(layout: Layout, device: str) -> Mesh:
+def divide(layout: Layout, device: str) -> Mesh:
+    """This rank's place among the ranks of a process group that is there, of a layout that divides."""
     names = ("pp", "dp", "ep")
     mesh = init_device_mesh(device, (layout.pp, layout.dp, layout.ep), mesh_dim_names=names)
     everyone = dist.group.WORLD

@@ -42,7 +42,8 @@ class DistributedPlan:
         self._layout = logical_tensors(model.config)
         keep_layers(model, mesh)
         divide_experts(model, mesh.experts)
-        mine = [tensor for tensor in self._layout if tensor.parameter in model.state_dict()]
+        held = model.state_dict().keys()
+        mine = [tensor for tensor in self._layout if tensor.parameter in held]
         self._local = local_layout(mine, local_experts(model.config.n_routed_experts, mesh.experts))
         self._sharded = {tensor.parameter for tensor in self._local if tensor.shard_axis is not None}
         self._replicas = [self._divide(mesh.stage, False), self._divide(mesh.replicas, True)]

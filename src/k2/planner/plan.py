@@ -6,10 +6,11 @@ from math import sqrt
 from typing import Any
 
 from k2.config.cluster import Cluster
+from k2.config.model import ModelConfig
 from k2.config.pretrain import PretrainConfig
 from k2.errors import UserError
 from k2.model.layout import parameter_counts
-from k2.planner.layout import Layout, candidates
+from k2.planner.layout import ACTIVATION_SWITCHES, Layout, candidates
 from k2.planner.memory import MASTER, MOMENT, Memory, memory, stage_memory
 from k2.planner.time import GIGA, StepTime, step_time, utilisation
 
@@ -36,10 +37,18 @@ class Checkpointing:
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout of one preset on one cluster. `stages`: memory of a rank of every pipeline stage."""
+    """One layout of one preset on one cluster.
+
+    stages: memory of a rank of every pipeline stage.
+    long_layout, long_stages: the same at the long context, which may need more switches or another division; a
+        checkpoint is read by any.
+    sync_s: seconds in which reinforcement learning brings the weights to all ranks.
+    """
 
     layout: Layout
     stages: list[Memory]
+    long_layout: Layout
+    long_stages: list[Memory]
     step: StepTime
     long_step: StepTime
     utilisation: float
@@ -48,16 +57,23 @@ class Plan:
     gpu_hours: float
     cost: float
     checkpointing: Checkpointing
+    sync_s: float
 
     @property
     def fullest(self) -> Memory:
         """Memory of the rank that decides."""
         return max(self.stages, key=lambda stage: stage.gpu)
 
+    @property
+    def long_fullest(self) -> Memory:
+        """The same at the long context."""
+        return max(self.long_stages, key=lambda stage: stage.gpu)
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         plain = asdict(self)
         plain |= {"step": self.step.as_dict(), "long_step": self.long_step.as_dict()}
+        plain |= {"long_stages": [stage.as_dict() for stage in self.long_stages]}
         return plain | {"stages": [stage.as_dict() for stage in self.stages]}
 
 
@@ -94,11 +110,28 @@ def make_plan(config: PretrainConfig, layout: Layout, cluster: Cluster) -> Plan:
     return _worked_out(config, layout, cluster)
 
 
+def long_layout(config: PretrainConfig, layout: Layout, cluster: Cluster) -> Layout:
+    """The layout of the long-context phase: this one with as few more switches as it takes, or the nearest that fits.
+
+    Raises:
+        UserError: none fits.
+    """
+    longer = config.model_copy(update={"context_length": config.long_context_length})
+    same = replace(layout, micro_batch_tokens=max(layout.micro_batch_tokens, config.long_context_length))
+    tried = (same, *(replace(same, **switches) for switches in ACTIVATION_SWITCHES))
+    fitting = (candidate for candidate in tried if problem(longer, candidate, cluster) is None)
+    found = next(fitting, None) or nearest(longer, same, cluster)
+    if found is None:
+        context = config.long_context_length
+        raise UserError(f"cluster {cluster.name}: no layout holds a row of {context} tokens; give it more nodes")
+    return found
+
+
 def _worked_out(config: PretrainConfig, layout: Layout, cluster: Cluster) -> Plan:
     model, batch = config.model, config.batch_tokens
     short = step_time(model, layout, cluster, batch, config.context_length)
-    long_layout = replace(layout, micro_batch_tokens=max(layout.micro_batch_tokens, config.long_context_length))
-    long = step_time(model, long_layout, cluster, batch, config.long_context_length)
+    longer = long_layout(config, layout, cluster)
+    long = step_time(model, longer, cluster, batch, config.long_context_length)
     long_steps = config.long_context_tokens / batch
     seconds = short.total * (config.steps - long_steps) + long.total * long_steps
     saving = checkpointing(config, layout, cluster, short.total)
@@ -106,6 +139,8 @@ def _worked_out(config: PretrainConfig, layout: Layout, cluster: Cluster) -> Pla
     return Plan(
         layout=layout,
         stages=memory(model, layout, batch),
+        long_layout=longer,
+        long_stages=memory(model, longer, batch),
         step=short,
         long_step=long,
         utilisation=utilisation(model, cluster, short, batch, config.context_length),
@@ -114,7 +149,19 @@ def _worked_out(config: PretrainConfig, layout: Layout, cluster: Cluster) -> Pla
         gpu_hours=hours * cluster.gpus,
         cost=hours * cluster.gpus * cluster.price_per_gpu_hour,
         checkpointing=saving,
+        sync_s=sync_seconds(model, cluster),
     )
+
+
+def sync_seconds(model: ModelConfig, cluster: Cluster) -> float:
+    """Time of one weight synchronisation: every rank copies its share, then one ring carries all of it through all.
+
+    Weights travel as FP8 with a float32 scale for 128 x 128 of them, as K2's engine serves them; the ring is as fast as
+    its links between nodes, and reloading goes on beside it (checkpoint-engine's README; the report's section 3.3).
+    """
+    size = parameter_counts(model).total * (1.0 + 4.0 / 128**2)
+    link = cluster.network.remote_gb_s if cluster.nodes > 1 else cluster.network.local_gb_s
+    return size / cluster.gpus / (cluster.gpu.pcie_gb_s * GIGA) + size / (link * cluster.network.efficiency * GIGA)
 
 
 def checkpointing(config: PretrainConfig, layout: Layout, cluster: Cluster, step_s: float) -> Checkpointing:

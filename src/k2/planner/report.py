@@ -99,13 +99,22 @@ def _facts(plan: Plan, cluster: Cluster) -> list[tuple[str, str]]:
         ("steps", f"{plan.steps:,}"),
         ("step", f"{plan.step.total:.2f} s, at the long context {plan.long_step.total:.2f} s"),
         ("model FLOPs utilisation", f"{plan.utilisation:.1%}"),
+        ("long context", _long(plan)),
         ("pipeline bubble", f"{plan.step.bubble / plan.step.total:.1%} of a step"),
         ("time", f"{plan.days:.1f} days, {plan.gpu_hours:,.0f} GPU-hours"),
         ("money", f"{plan.cost:,.0f} {cluster.currency}"),
         ("checkpoint", f"{saving.bytes / 1e12:.2f} TB, written in {duration(saving.write_s)}"),
         ("checkpoint_interval", f"{saving.interval_steps} steps ({duration(saving.interval_s)}; Young and Daly)"),
+        ("weight sync", f"{duration(plan.sync_s)} from training to inference in FP8"),
         ("failures", f"one in {duration(between)} on average; {saving.lost:.2%} of the time is lost to them"),
     ]
+
+
+def _long(plan: Plan) -> str:
+    """What the long context needs, and what is different there."""
+    now, then = (part.split(",") for part in (describe(plan.layout), describe(plan.long_layout)))
+    changed = [field for field in then if field not in now]
+    return f"{plan.long_fullest.gpu / GIGA:.1f} GB on the fullest GPU, with {', '.join(changed) or 'the same layout'}"
 
 
 def _memory_rows(memory: Memory) -> list[tuple[str, float]]:

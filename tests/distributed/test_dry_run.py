@@ -1,0 +1,76 @@
+"""Thousands of ranks in one process without memory: all of a model is there once, and every exchange is counted."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from k2.cli import main
+from k2.config.load import load_config
+from k2.distributed.dry_run import dry_run
+from k2.errors import UserError
+from k2.model.layout import parameter_counts
+from k2.planner.layout import Layout
+
+CONFIG = load_config("tiny").pretrain
+LAYOUT = Layout(pp=2, ep=2, dp=2, micro_batch_tokens=CONFIG.context_length)
+
+
+def test_ranks_update_every_value_once() -> None:
+    found = [dry_run(CONFIG, LAYOUT, rank) for rank in range(8)]
+    biases = CONFIG.model.mixture_layers * CONFIG.model.n_routed_experts
+    assert sum(each.owned for each in found) == parameter_counts(CONFIG.model).total - biases
+    assert all(each.parameters > each.owned > 0 for each in found)
+
+
+def test_exchanges_of_a_step_are_counted() -> None:
+    count = LAYOUT.micro_batches(CONFIG.batch_tokens)
+    first, last = dry_run(CONFIG, LAYOUT, 0), dry_run(CONFIG, LAYOUT, 7)
+    hidden = 2 * CONFIG.context_length * CONFIG.model.hidden_size
+    for each in (first, last):
+        assert (each.collectives["send"].count, each.collectives["send"].bytes) == (count, count * hidden)
+        assert each.collectives["allreduce"].count == 5
+        assert each.collectives["reduce_scatter"].count == each.collectives["allgather"].count == 2
+        assert each.collectives["reduce_scatter"].bytes >= 4 * each.parameters
+    layers = sum(dry_run(CONFIG, LAYOUT, rank).collectives["alltoall"].count for rank in (0, 4)) / (7 * count)
+    assert layers == CONFIG.model.mixture_layers
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "reason"),
+    [(Layout(ep=7), 0, "does not divide"), (LAYOUT, 8, "rank 8: the layout has 8")],
+)
+def test_what_cannot_be_is_refused(layout: Layout, rank: int, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        dry_run(CONFIG, layout, rank)
+
+
+def test_the_command_adds_it() -> None:
+    layout = "pp=1,ep=16,dp=16,micro_batch_tokens=8192"
+    arguments = ["plan", "moonlight-16b", "--cluster", "h800-256", "--layout", layout, "--dry-run", "255", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["dry_run"]["collectives"]["alltoall"]["count"] > 0
+
+
+@pytest.mark.slow
+def test_two_thousand_ranks_of_k2_take_less_than_a_minute_and_8_gib() -> None:
+    code = """
+import json, resource, time
+from k2.config.load import load_config
+from k2.distributed.dry_run import dry_run
+from k2.planner.layout import Layout
+start = time.process_time()
+found = dry_run(load_config("k2-1t").pretrain, Layout(pp=16, ep=16, dp=8), 2047)
+seconds, memory = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(json.dumps([seconds, memory, found.parameters, found.collectives["reduce_scatter"].count, found.text()]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, memory, parameters, count, text = json.loads(done.stdout)
+    print(f"{seconds:.1f} s of CPU, {memory:.2f} GiB\\n{text}")
+    assert seconds < 60
+    assert memory < 8
+    assert 3e9 < parameters < 8e9
+    assert count > 2
