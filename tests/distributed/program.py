@@ -41,7 +41,7 @@ OPTIMIZER = OptimizerConfig(tau=0.5, bias_update_speed=0.01, max_grad_norm=0.05,
 
 def model(dtype: torch.dtype, recompute: bool = False) -> Transformer:
     """The same everywhere."""
-    return Transformer(CONFIG, compute_dtype=dtype, recompute=recompute).initialize(0).to(dtype)
+    return Transformer(CONFIG, compute_dtype=dtype, recompute=("layers",) if recompute else ()).initialize(0).to(dtype)
 
 
 class Choices:

@@ -1,10 +1,14 @@
 """The shape of the model: DeepSeek-V3's architecture with Kimi K2's choices. Names are Hugging Face's."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
 from k2.config.base import Section, setting
+
+Recompute = Literal["layers", "norms", "mla_up_projections", "mlp_up_projections"]
+"""What the backward pass computes again instead of keeping it: whole layers; outputs of norms; queries, keys and values
+of every head; gate and up of dense, shared and routed experts."""
 
 
 class RopeScaling(Section):

@@ -5,7 +5,7 @@ from typing import Literal, Self
 from pydantic import model_validator
 
 from k2.config.base import StageSection, setting
-from k2.config.model import ModelConfig, RopeScaling
+from k2.config.model import ModelConfig, Recompute, RopeScaling
 from k2.config.optimizer import OptimizerConfig
 from k2.config.parallel import ParallelConfig
 
@@ -33,7 +33,9 @@ class PretrainConfig(StageSection):
     )
     balance_loss_weight: float = setting(1e-4, "weight of the sequence-wise balance loss (DeepSeek-V3's alpha)", ge=0)
     precision: Literal["bfloat16", "float32"] = setting("bfloat16", "type of activations; masters are float32")
-    recompute: bool = setting(False, "compute each layer again in the backward pass instead of keeping activations")
+    recompute: tuple[Recompute, ...] = setting(
+        (), "what the backward pass computes again instead of keeping it; changes no bit", semantic=False
+    )
     heldout_tokens: int = setting(4_194_304, "held-out tokens that the loss is measured on", ge=8)
     curve_points: int = setting(400, "points of the report's curves at most", ge=1)
     checkpoint_interval: int = setting(100, "steps between checkpoints", semantic=False, ge=1)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from k2.model.recompute import Call, plain_call
+
 BLOCK_VALUES = 2**17  # values an activation widens to float32 at once: 512 KiB stay in a core's own cache
 
 
@@ -78,7 +80,7 @@ class _RMSNorm(torch.autograd.Function):
         x_ND, weight_D, scale_N1 = ctx.saved_tensors
         grad_x, grad_weight_D = torch.empty_like(x_ND), torch.zeros_like(weight_D)
         for x, grad, scale, out in _blocks(x_ND, grad_ND, scale_N1, grad_x):
-            x, grad = upcast(x), upcast(grad)  # operations on mixed precisions are many times slower
+            x, grad = upcast(x), upcast(grad)
             product = x * grad
             grad_weight_D.addmv_(product.T, scale[:, 0])
             share = torch.mv(product, weight_D)[:, None].mul_(scale**3).div_(-x.shape[1])
@@ -93,9 +95,14 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
+        self.call: Call = plain_call
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape and precision as `x`."""
+        result: Tensor = self.call(self._normed, x)
+        return result
+
+    def _normed(self, x: Tensor) -> Tensor:
         result: Tensor = _RMSNorm.apply(x.flatten(0, -2), upcast(self.weight), self.eps)  # type: ignore[no-untyped-call]
         return result.view(x.shape)
 
@@ -128,21 +135,22 @@ def gated_backward(grad_NF: Tensor, gate_up_NG: Tensor, scale_N: Tensor) -> tupl
 
 
 class _GatedMLP(torch.autograd.Function):
-    """Keeps its input and the fused gate and up; what lies between the products is computed again."""
+    """Keeps its input and, with `keep`, the fused gate and up; the rest is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, gate_up_GD: Tensor, down_DF: Tensor) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, gate_up_GD: Tensor, down_DF: Tensor, keep: bool) -> Tensor:
         gate_up_NG = x_ND @ gate_up_GD.T
         ones_N = torch.ones(len(x_ND), dtype=upcast(x_ND[:0]).dtype, device=x_ND.device)
-        ctx.save_for_backward(x_ND, gate_up_GD, down_DF, gate_up_NG, ones_N)
+        ctx.save_for_backward(x_ND, gate_up_GD, down_DF, ones_N, gate_up_NG if keep else None)
         return gated(gate_up_NG, ones_N) @ down_DF.T
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_ND, gate_up_GD, down_DF, gate_up_NG, ones_N = ctx.saved_tensors
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x_ND, gate_up_GD, down_DF, ones_N, kept_NG = ctx.saved_tensors
+        gate_up_NG = x_ND @ gate_up_GD.T if kept_NG is None else kept_NG
         grad_NG, _, inner_NF = gated_backward(grad_ND @ down_DF, gate_up_NG, ones_N)
-        return grad_NG @ gate_up_GD, grad_NG.T @ x_ND, grad_ND.T @ inner_NF
+        return grad_NG @ gate_up_GD, grad_NG.T @ x_ND, grad_ND.T @ inner_NF, None
 
 
 class GatedMLP(nn.Module):
@@ -152,9 +160,10 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up_proj = Linear(hidden, 2 * width)
         self.down_proj = Linear(width, hidden)
+        self.keep_gate_up = True
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         gate_up, down = self.gate_up_proj.weight.to(x.dtype), self.down_proj.weight.to(x.dtype)
-        result: Tensor = _GatedMLP.apply(x.flatten(0, -2), gate_up, down)  # type: ignore[no-untyped-call]
+        result: Tensor = _GatedMLP.apply(x.flatten(0, -2), gate_up, down, self.keep_gate_up)  # type: ignore[no-untyped-call]
         return result.view_as(x)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from k2.config.model import ModelConfig
 from k2.model.layers import Linear, RMSNorm, upcast
+from k2.model.recompute import Call, plain_call
 from k2.model.rope import rotary_tables, rotate, softmax_scale, turned, turned_back, turns
 
 LATENT_NORM_EPS = 1e-6  # fixed in the reference implementation, whatever rms_norm_eps says
@@ -194,14 +195,20 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(config.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, hidden)
+        self.call: Call = plain_call
 
-    def queries(self, x_BLD: Tensor) -> Tensor:
+    def query_latents(self, x_BLD: Tensor) -> Tensor:
+        """What queries are projected from: the normed latent, or `x_BLD` itself without a latent rank."""
+        latent: Tensor = x_BLD if self.config.q_lora_rank is None else self.q_a_layernorm(self.q_a_proj(x_BLD))
+        return latent
+
+    def queries(self, latent_BLK: Tensor) -> Tensor:
         """Every head's query [B, L, H, X], rotary dimensions last and not yet rotated."""
-        if self.config.q_lora_rank is None:
-            q: Tensor = self.q_proj(x_BLD)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BLD)))
-        return q.view(*q.shape[:2], self.config.num_attention_heads, -1)
+        projection = self.q_proj if self.config.q_lora_rank is None else self.q_b_proj
+        return self._by_head(projection(latent_BLK))
+
+    def _by_head(self, x_BLI: Tensor) -> Tensor:
+        return x_BLI.view(*x_BLI.shape[:2], self.config.num_attention_heads, -1)
 
     def latents(self, x_BLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> tuple[Tensor, Tensor]:
         """What a cache keeps: the normed latent [B, L, K] and the rotated shared key [B, L, R]."""
@@ -218,8 +225,15 @@ class LatentAttention(nn.Module):
         self, x_BLD: Tensor, latent_BLK: Tensor, k_rotary_BLR: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Tensor]:
         """`forward` for latents that the caller has already computed, and perhaps kept."""
-        kv_BLHY = self.kv_b_proj(latent_BLK).unflatten(-1, (self.config.num_attention_heads, -1))
         turn = turns(context.cos_BLR, context.sin_BLR)[:, :, None]
-        q, k, v = _Heads.apply(self.queries(x_BLD), kv_BLHY, k_rotary_BLR, turn)  # type: ignore[no-untyped-call]
+        q, k, v = self.call(self._heads, self.query_latents(x_BLD), latent_BLK, k_rotary_BLR, turn)
         output_BLHV, max_H = attend(q, k, v, self.scale, context)
         return self.o_proj(output_BLHV.flatten(2)), max_H
+
+    def _heads(
+        self, q_latent_BLK: Tensor, latent_BLK: Tensor, k_rotary_BLR: Tensor, turn: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of every head from what they are projected from."""
+        kv_BLHY = self._by_head(self.kv_b_proj(latent_BLK))
+        q, k, v = _Heads.apply(self.queries(q_latent_BLK), kv_BLHY, k_rotary_BLR, turn)  # type: ignore[no-untyped-call]
+        return q, k, v

@@ -153,13 +153,13 @@ def _weight_gradient(grad: Tensor, rows: Tensor, counts: list[int], result: Tens
 class _RoutedExperts(torch.autograd.Function):
     """Every token's weighted sum of its experts' outputs, a few experts at a time, so that rows stay in cache.
 
-    Keeps its inputs and the fused gate and up of every row. Weights are cast when used. Sums over a token's rows
-    have a fixed order, where index_add would not.
+    Keeps its inputs and, with `keep`, the fused gate and up of every row. Weights are cast when used. Sums over a
+    token's rows have a fixed order, where index_add would not.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_TS: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, blocks: Blocks
+        ctx: Any, x_TD: Tensor, weights_TS: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, blocks: Blocks, keep: bool
     ) -> Tensor:
         scale_N = weights_TS.flatten()[blocks.source_N]
         gate_up_NG = x_TD.new_empty(len(scale_N), gate_up_EGD.shape[1])
@@ -171,14 +171,14 @@ class _RoutedExperts(torch.autograd.Function):
             inner = gated(gate_up, scale_N[group.rows])
             _multiply(inner, down_EDF[group.experts].mT, group.counts, output_ND[group.rows])
         ctx.blocks = blocks
-        ctx.save_for_backward(x_TD, scale_N, gate_up_EGD, down_EDF, gate_up_NG)
+        ctx.save_for_backward(x_TD, scale_N, gate_up_EGD, down_EDF, gate_up_NG if keep else None)
         return F.embedding_bag(blocks.slots_TS, output_ND, mode="sum")
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
         blocks: Blocks = ctx.blocks
-        x_TD, scale_N, gate_up_EGD, down_EDF, gate_up_NG = ctx.saved_tensors
+        x_TD, scale_N, gate_up_EGD, down_EDF, kept_NG = ctx.saved_tensors
         grad_gate_up_EGD, grad_down_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
         grad_scale_N, grad_rows_ND = torch.empty_like(scale_N), x_TD.new_empty(len(scale_N), x_TD.shape[1])
         for group in blocks.groups:
@@ -186,13 +186,18 @@ class _RoutedExperts(torch.autograd.Function):
             grad = grad_TD.index_select(0, blocks.tokens_N[rows])
             grad_inner = grad.new_empty(len(grad), down_EDF.shape[2])
             _multiply(grad, down_EDF[experts], counts, grad_inner)
-            grad_gate_up, grad_scale_N[rows], inner = gated_backward(grad_inner, gate_up_NG[rows], scale_N[rows])
-            _weight_gradient(grad, inner, counts, grad_down_EDF[experts])
             x_rows = x_TD.index_select(0, blocks.tokens_N[rows])
+            if kept_NG is None:
+                gate_up = grad.new_empty(len(grad), gate_up_EGD.shape[1])
+                _multiply(x_rows, gate_up_EGD[experts].mT, counts, gate_up)
+            else:
+                gate_up = kept_NG[rows]
+            grad_gate_up, grad_scale_N[rows], inner = gated_backward(grad_inner, gate_up, scale_N[rows])
+            _weight_gradient(grad, inner, counts, grad_down_EDF[experts])
             _weight_gradient(grad_gate_up, x_rows, counts, grad_gate_up_EGD[experts])
             _multiply(grad_gate_up, gate_up_EGD[experts], counts, grad_rows_ND[rows])
         grad_x_TD = F.embedding_bag(blocks.slots_TS, grad_rows_ND, mode="sum")
-        return grad_x_TD, grad_scale_N[blocks.slots_TS], grad_gate_up_EGD, grad_down_EDF, None
+        return grad_x_TD, grad_scale_N[blocks.slots_TS], grad_gate_up_EGD, grad_down_EDF, None, None
 
 
 class Experts(nn.Module):
@@ -203,6 +208,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.weight_transform: WeightTransform | None = None
+        self.keep_gate_up = True
 
     def forward(self, x_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor) -> Tensor:
         """Weighted sum of the chosen experts' outputs, [T, D]."""
@@ -210,7 +216,9 @@ class Experts(nn.Module):
         parameters = self.gate_up_proj, self.down_proj
         transform = self.weight_transform
         gate_up, down = parameters if transform is None else (transform(weight) for weight in parameters)
-        result: Tensor = _RoutedExperts.apply(x_TD, weights_TS, gate_up, down, blocks)  # type: ignore[no-untyped-call]
+        result: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
+            x_TD, weights_TS, gate_up, down, blocks, self.keep_gate_up
+        )
         return result
 
 

@@ -3,6 +3,8 @@
 Letters in shapes: B batch, L length, D hidden, H heads, E experts, V vocabulary, N layers, M MoE layers.
 """
 
+from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from k2.config.model import ModelConfig
+from k2.config.model import ModelConfig, Recompute
 from k2.model.layers import GatedMLP, Linear, RMSNorm
 from k2.model.loss import token_log_probs
 from k2.model.mla import AttentionContext, LatentAttention, attention_context
 from k2.model.moe import Experts, MixtureOfExperts, Routing, WeightTransform, balance_loss
+from k2.model.recompute import Recomputation
 
 
 @dataclass(frozen=True)
@@ -36,18 +39,31 @@ class Statistics:
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, recompute: Collection[Recompute] = ()) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LatentAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer < config.first_k_dense_replace
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
+        self._recomputation = self._switch(recompute) if recompute else nullcontext()
+
+    def _switch(self, recompute: Collection[Recompute]) -> Recomputation:
+        recomputation = Recomputation()
+        for module in self.modules():
+            if isinstance(module, RMSNorm) and "norms" in recompute:
+                module.call = recomputation.call
+            if isinstance(module, LatentAttention) and "mla_up_projections" in recompute:
+                module.call = recomputation.call
+            if isinstance(module, GatedMLP | Experts):
+                module.keep_gate_up = "mlp_up_projections" not in recompute
+        return recomputation
 
     def forward(self, x_BLD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Routing | None]:
         """New residual stream, largest logit per head [H], and the routing of an MoE layer."""
-        attended, max_H = self.self_attn(self.input_layernorm(x_BLD), context)
-        x_BLD, routing = self.feed_forward(x_BLD + attended)
+        with self._recomputation:
+            attended, max_H = self.self_attn(self.input_layernorm(x_BLD), context)
+            x_BLD, routing = self.feed_forward(x_BLD + attended)
         return x_BLD, max_H, routing
 
     def feed_forward(self, x_BLD: Tensor) -> tuple[Tensor, Routing | None]:
@@ -63,7 +79,7 @@ class Transformer(nn.Module):
     """The model, or the slice `layers` of it: the first slice embeds, the last one has the final norm and head.
 
     Weights keep the precision they have (float32 masters by default); `compute_dtype` is what activations and
-    matrix products use. `recompute` trades memory for a second forward pass of each layer during backward.
+    matrix products use. `recompute` names what the backward pass computes again instead of keeping it.
     """
 
     def __init__(
@@ -72,13 +88,14 @@ class Transformer(nn.Module):
         *,
         compute_dtype: torch.dtype = torch.float32,
         layers: range | None = None,
-        recompute: bool = False,
+        recompute: Collection[Recompute] = (),
     ) -> None:
         super().__init__()
         numbers = range(config.num_hidden_layers) if layers is None else layers
         self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
         self.embed_tokens = Linear(config.hidden_size, config.vocab_size) if numbers.start == 0 else None
-        self.layers = nn.ModuleDict({str(number): DecoderLayer(config, number) for number in numbers})
+        parts = () if "layers" in recompute else recompute
+        self.layers = nn.ModuleDict({str(number): DecoderLayer(config, number, parts) for number in numbers})
         last = numbers.stop == config.num_hidden_layers
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else None
         self.lm_head = Linear(config.hidden_size, config.vocab_size) if last else None
@@ -123,7 +140,7 @@ class Transformer(nn.Module):
 
     def _run(self, layer: nn.Module, x_BLD: Tensor, context: AttentionContext) -> Any:
         # Statistics are returned, not stored: a recomputed layer cannot count its tokens twice.
-        if self.recompute and torch.is_grad_enabled():
+        if "layers" in self.recompute and torch.is_grad_enabled():
             return checkpoint(partial(layer, context=context), x_BLD, use_reentrant=False)
         return layer(x_BLD, context)
 
