@@ -9,10 +9,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(T
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup run nano test test-distributed tools lint format compile images bench bench-gpu clean
+.PHONY: help setup run nano test test-distributed e2e e2e-k8s tools lint format compile images bench bench-gpu clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY) ## make the environment
 
@@ -35,6 +35,15 @@ test: lint ## lint and all tests
 
 test-distributed: $(READY) ## training over ranks against one process, with what they deviate by
 	OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/distributed
+
+e2e: $(READY) ## the CPU image, and the DAG in containers of it; needs root on Debian 12
+	image=$$($(BIN)/python -m tests.e2e_containers.prepare) && \
+	K2_E2E=containers K2_IMAGE=$$image $(BIN)/pytest tests/e2e_containers tests/images
+
+e2e-k8s: $(READY) ## a real Kubernetes 1.20 with the platform and jobs on it; the same, and 12 CPU minutes once
+	$(BIN)/python -m tests.e2e_k8s.build
+	image=$$($(BIN)/python -m tests.e2e_containers.prepare) && \
+	K2_E2E=k8s K2_IMAGE=$$image $(BIN)/pytest tests/e2e_k8s
 
 tools: $(READY) ## fetch kubectl, helm, hadolint and promtool, with which more tests run
 	$(BIN)/python manifests/tools.py

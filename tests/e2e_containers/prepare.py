@@ -1,0 +1,40 @@
+"""Bring Debian's container tools and build the CPU image from Debian's own packages; prints the image's name.
+
+python -m tests.e2e_containers.prepare
+"""
+
+import os
+import subprocess
+import sys
+
+from images import build
+
+PACKAGES = (
+    *("buildah", "conntrack", "containerd", "containernetworking-plugins", "curl", "dnsmasq-base", "docker-registry"),
+    *("docker.io", "etcd-server", "iproute2", "iptables", "mmdebstrap", "openssl", "procps", "runc", "skopeo"),
+)
+
+
+def install() -> None:
+    """Install what is missing.
+
+    Raises:
+        SystemExit: this is no Debian, or not root.
+        subprocess.CalledProcessError: apt failed.
+    """
+    if os.geteuid() != 0 or not build.SOURCES.exists():
+        sys.exit("error: needs root on Debian 12, for its container tools and network namespaces")
+    check = ["dpkg-query", "--show", "--showformat=${db:Status-Status}\n", *PACKAGES]
+    known = subprocess.run(check, capture_output=True, text=True, check=False)
+    if known.returncode or set(known.stdout.split()) != {"installed"}:
+        apt = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=600"]
+        subprocess.run([*apt, "update"], check=True, stdout=sys.stderr)
+        quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        command = [*apt, "install", "--yes", "--no-install-recommends", *PACKAGES]
+        subprocess.run(command, check=True, stdout=sys.stderr, env=quiet)
+
+
+if __name__ == "__main__":
+    install()
+    base, build_base = build.debian_base(build.PACKAGES), build.debian_base(build.BUILD_PACKAGES)
+    print(build.build("cpu", base, build_base, offline=True))
