@@ -1,4 +1,4 @@
-"""What every rank of the fault tests runs: `torchrun faults.py FAULT FOLDER` trains, and one rank has the fault.
+"""What every rank of the fault tests runs: `torchrun faults.py FAULT,.. FOLDER` trains, and rank 1 has the faults.
 
 Faults: `hang` (rank 1 stops before a collective), `freeze` (rank 1 is stopped by a signal), `slow` (rank 1 sleeps in
 every step), `nan` (rank 1 has a NaN gradient in one step). Rank 0 leaves its reports and events in `FOLDER/0.json`.
@@ -49,21 +49,21 @@ class Rows:
 
 
 class Faulty:
-    """The loss, and the fault of this rank."""
+    """The loss, and the faults of this rank."""
 
-    def __init__(self, fault: str, rows: Rows) -> None:
-        self._fault, self._rows, self._loss = fault, rows, NextTokenLoss()
+    def __init__(self, faults: list[str], rows: Rows) -> None:
+        self._faults, self._rows, self._loss = faults, rows, NextTokenLoss()
 
     def __call__(self, model: Transformer, batch: TokenBatch) -> Loss:
         loss = self._loss(model, batch)
         now = self._rows.step == WHEN
-        if self._fault == "hang" and now:
+        if "hang" in self._faults and now:
             time.sleep(60)
-        elif self._fault == "freeze" and now:
+        if "freeze" in self._faults and now:
             os.kill(os.getpid(), signal.SIGSTOP)
-        elif self._fault == "slow":
+        if "slow" in self._faults:
             time.sleep(0.1)
-        elif self._fault == "nan" and now:
+        if "nan" in self._faults and now:
             loss.total.register_hook(lambda gradient: gradient * float("nan"))
         return loss
 
@@ -82,12 +82,12 @@ class Events:
         self.events.append({"kind": kind, **values})
 
 
-def run(fault: str, mesh: Mesh) -> Events:
-    """Train; rank 1 has the fault."""
+def run(faults: list[str], mesh: Mesh) -> Events:
+    """Train; rank 1 has the faults."""
     model = Transformer(MODEL).initialize(0)
     plan = DistributedPlan(mesh, model)
     state, rows, events = TrainState(model, plan.optimizer(OptimizerConfig())), Rows(plan), Events()
-    loss_fn = Faulty(fault if mesh.rank == 1 else "", rows)
+    loss_fn = Faulty(faults if mesh.rank == 1 else [], rows)
     train(state, rows, loss_fn, lambda _: 0.01, until=STEPS, progress=events, plan=plan)
     return events
 
@@ -96,6 +96,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     mesh = join(Layout(dp=2, micro_batch_tokens=64), MODEL, batch_tokens=128, context=16, identity={})
     with Watchdog(mesh.rank, mesh.world_size, TIMEOUT_S):
-        events = run(sys.argv[1], mesh)
+        events = run(sys.argv[1].split(","), mesh)
     if mesh.rank == 0:
         (Path(sys.argv[2]) / "0.json").write_text(json.dumps(vars(events)))

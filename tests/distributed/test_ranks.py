@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.distributed.program import alone, layout_of
+from tests.distributed.selection import LATER
 
 ROOT = Path(__file__).parents[2]
 LAYOUTS = {
@@ -30,9 +31,8 @@ ALL = [(ranks, name) for ranks, names in LAYOUTS.items() for name in names]
 
 
 def many(ranks: int) -> list[pytest.MarkDecorator]:
-    """More than two ranks are for `make test-distributed`."""
-    skip = pytest.mark.skipif(not os.environ.get("K2_ALL_RANKS"), reason="make test-distributed runs it")
-    return [pytest.mark.slow, skip] if ranks > 2 else []
+    """More than two ranks come later."""
+    return LATER if ranks > 2 else []
 
 
 def launch(ranks: int, folder: Path, names: list[str]) -> Path:

@@ -9,4 +9,4 @@ class ParallelConfig(Section):
     pipeline_parallel_size: int = setting(1, "pipeline stages (Kimi K2: 16)", ge=1)
     virtual_stages: int = setting(1, "pieces of the model on each pipeline rank, for interleaved 1F1B", ge=1)
     expert_parallel_size: int = setting(1, "ranks that divide the routed experts of a stage (Kimi K2: 16)", ge=1)
-    hang_timeout_s: float = setting(600.0, "a rank that makes no progress for so long ends the attempt", gt=0)
+    hang_timeout_s: float = setting(1200.0, "a rank that makes no progress for so long ends the attempt", gt=0)

@@ -5,7 +5,7 @@ from statistics import median_low
 
 FACTOR = 1.5
 """A rank is slow when it computes this many times as long as its peers' median."""
-STEPS = 5
+STEPS = 10
 """Over so many steps, so that one garbage collection accuses nobody."""
 
 
