@@ -50,7 +50,7 @@ def started(tokens: Artifact, ranks: int) -> subprocess.Popen[str]:
 
 def finished(process: subprocess.Popen[str]) -> dict[str, Any]:
     """Its `--json` answer."""
-    answer, said = process.communicate(timeout=180)
+    answer, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     return dict(json.loads(answer))
 
