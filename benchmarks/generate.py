@@ -1,12 +1,15 @@
 """Generated tokens per second against transformers' generate with its cache, both sides interleaved in one run.
 
 64 new tokens after 32, sampled at temperature 1, at the reference shape; prefill included. Both sides run in float32
-and in bfloat16, and the faster of each counts; one thread each, because a second one does not pay for either side.
-Prints one JSON row per claim. Time is this process's CPU time, so that a busy machine spreads the ratios less.
+and in bfloat16, and the faster of each counts. Beside them run the matrix products of as many decoding steps and
+nothing else: `bound` is the ratio that an engine without any other work would reach with these products. Prints one
+JSON row per claim. Time is this process's CPU time, so that a busy machine spreads the ratios less; of two threads
+both would count.
 """
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +23,8 @@ from k2.config.model import ModelConfig
 from k2.model.generate import Engine
 from k2.model.hf import to_hf_config
 from k2.model.layout import cache_values_per_token
+from k2.model.mixture import FEW_TOKENS, Mixture
+from k2.model.products import ExpertProducts, Product
 from k2.model.sampling import SamplingConfig
 from k2.model.transformer import Transformer
 
@@ -45,6 +50,34 @@ def peer_step(config: ModelConfig, dtype: torch.dtype, prompts: list[list[int]])
     return lambda: model.generate(tokens, eos_token_id=None, **options)
 
 
+def products_step(config: ModelConfig, batch: int) -> Step:
+    """The matrix products of all decoding steps in bfloat16, in the engine's forms, with experts chosen at random."""
+    prepared = Engine(Transformer(config, compute_dtype=torch.bfloat16).initialize(0)).prepared
+    linear: list[Product] = [prepared.head]
+    calls: list[Step] = []
+    for layer in prepared.layers:
+        attention, mlp = layer.attention, layer.mlp
+        linear += [attention.joined, attention.output] + ([] if attention.q_norm is None else [attention.q_b])
+        if isinstance(mlp, Mixture):
+            linear += [mlp.shared.gate_up, mlp.shared.down] if mlp.shared else []
+            calls += [expert_product(table, config, batch) for table in (mlp.gate_up, mlp.down)]
+        else:
+            linear += [mlp.gate_up, mlp.down]
+    calls += [partial(each, torch.randn(batch, each.inputs).to(torch.bfloat16)) for each in linear]
+    return torch.inference_mode()(lambda: [call() for _ in range(NEW) for call in calls])
+
+
+def expert_product(experts: ExpertProducts, config: ModelConfig, batch: int) -> Step:
+    """Every chosen expert's product: a sum of rows each, or one batched product without padding."""
+    table_EIO = experts.table_EIO[: config.n_routed_experts]
+    pairs = batch * config.num_experts_per_tok
+    if batch <= FEW_TOKENS:
+        chosen_P = torch.randint(len(table_EIO), (pairs,), generator=torch.Generator().manual_seed(0)).sort().values
+        return partial(experts.sums, chosen_P, torch.randn(pairs, table_EIO.shape[1]).to(torch.bfloat16))
+    count, inputs = table_EIO.shape[:2]
+    return partial(torch.bmm, torch.randn(count, -(-pairs // count), inputs).to(torch.bfloat16), table_EIO)
+
+
 def cpu_seconds(step: Step) -> float:
     """Processor time of one call."""
     start = time.process_time()
@@ -57,15 +90,17 @@ def speed(config: ModelConfig, batch: int, rounds: int) -> Row:
     prompts = torch.randint(config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
     own = {name: own_step(config, dtype, prompts) for name, dtype in DTYPES.items()}
     peer = {f"transformers {name}": peer_step(config, dtype, prompts) for name, dtype in DTYPES.items()}
-    times: dict[str, list[float]] = {name: [] for name in own | peer}
+    sides = own | peer | {"products": products_step(config, batch)}
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
-        for name, step in (own | peer).items():
+        for name, step in sides.items():
             seconds = cpu_seconds(step)
             times[name] += [seconds] if number else []  # the first round warms up
     ours, theirs = (min(side, key=lambda name: median(times[name])) for side in (own, peer))
     ratios = [t / o for t, o in zip(times[theirs], times[ours], strict=True)]
     claim = f"generated tokens/s, batch {batch}, ours in {ours}"
-    speeds = {"tokens_per_cpu_second": round(batch * NEW / median(times[ours]))}
+    bounds = [t / p for t, p in zip(times[theirs], times["products"], strict=True)]
+    speeds = {"tokens_per_cpu_second": round(batch * NEW / median(times[ours])), "bound": round(median(bounds), 2)}
     return row(claim, theirs, ratios, TARGETS[batch]) | speeds
 
 
@@ -87,4 +122,4 @@ def rows(rounds: int) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    run(__doc__, rows, 5)
+    run(__doc__, rows, 9)

@@ -113,7 +113,7 @@ def choose(logits_BV: Tensor, rows: RowSampling, uniform_B: Tensor) -> tuple[Ten
     if rows.restricted:
         scaled_BV = _restrict(scaled_BV, rows)
     probability_BV = scaled_BV.softmax(-1)
-    token_B1 = _draw(probability_BV, uniform_B[:, None])
+    token_B1 = _draw(probability_BV, uniform_B[:, None].clamp(max=BELOW_ONE))
     if rows.any_greedy:
         token_B1 = torch.where(rows.greedy, logits_BV.argmax(-1, keepdim=True), token_B1)
     sampled_B = probability_BV.gather(1, token_B1)[:, 0].log()
