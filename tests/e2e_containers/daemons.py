@@ -1,7 +1,6 @@
 """What the tests in containers start by hand and stop by process: an image registry, dockerd, and changed sysctls."""
 
 import json
-import shutil
 import signal
 import subprocess
 import time
@@ -137,7 +136,7 @@ def removed(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        run("rm", "-rf", str(folder))
 
 
 def remove_cgroups(name: str) -> None:

@@ -5,13 +5,12 @@ reach the API server and the node pulls images. Pods are 10.78.0.0/24, services 
 """
 
 import json
-import shutil
 import signal
 import ssl
 import subprocess
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +110,9 @@ class Kubernetes:
         self.kubectl("apply", "--validate=false", "--filename=-", stdin=yaml.safe_dump_all(objects))
 
     def answers(self) -> bool:
-        """Whether the API server does its work."""
+        """Whether the API server is up."""
         try:
-            return bool(self.read("/api/v1/namespaces/default/serviceaccounts/default"))
+            return bool(self.read("/api/v1/namespaces/default"))
         except OSError:
             return False
 
@@ -150,11 +149,10 @@ def cluster(folder: Path, pause: str) -> Iterator[Kubernetes]:
         made = Kubernetes(folder)
         _write_files(folder, pause)
         stack.callback(_clean_up, folder)
-        for name, command in CONTROL_PLANE.items():
-            stack.enter_context(_inside(folder, name, command))
-        wait(made.answers, 90, lambda: tail(folder / "kube-apiserver.log"))
-        for name, command in WORKER.items():
-            stack.enter_context(_inside(folder, name, command))
+        for name, command in (CONTROL_PLANE | WORKER).items():
+            # Whatever follows reads the certificate that the API server makes.
+            ready = made.answers if name == "kube-apiserver" else lambda: True
+            stack.enter_context(_inside(folder, name, command, ready))
         stack.enter_context(_names(made))
         wait(made.has_node, 90, lambda: tail(folder / "kubelet.log"))
         yield made
@@ -192,10 +190,10 @@ def _namespaces() -> set[str]:
 
 
 @contextmanager
-def _inside(folder: Path, name: str, command: str) -> Iterator[None]:
+def _inside(folder: Path, name: str, command: str, ready: Callable[[], bool]) -> Iterator[None]:
     """A daemon in the namespace, with nothing to save; `nsenter`, because `ip netns exec` would hide the cgroups."""
     words = command.format(folder=folder, binaries=KUBERNETES, node=NODE).split()
-    with daemon([*INSIDE, *words], folder / f"{name}.log", lambda: True, stop=signal.SIGKILL):
+    with daemon([*INSIDE, *words], folder / f"{name}.log", ready, stop=signal.SIGKILL):
         yield
 
 
@@ -323,4 +321,4 @@ def _clean_up(folder: Path) -> None:
     for mount in sorted((path for path in mounts if path.startswith(str(folder))), reverse=True):
         run("umount", "--lazy", mount)
     remove_cgroups("kubepods")
-    shutil.rmtree(folder / "containerd", ignore_errors=True)
+    run("rm", "-rf", str(folder / "containerd"))
