@@ -33,8 +33,8 @@ nano: $(READY) ## the whole recipe in under a minute
 test: lint ## lint and all tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
-test-distributed: $(READY) ## training over ranks against one process, with what they deviate by
-	OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/distributed
+test-distributed: $(READY) ## training over 2, 4 and 8 ranks against one process, and ranks that fail
+	OMP_NUM_THREADS=1 K2_ALL_RANKS=1 $(BIN)/pytest -s tests/distributed tests/stages/test_pretrain_ranks.py
 
 e2e: $(READY) ## the CPU image, and the DAG in containers of it; needs root on Debian 12
 	image=$$($(BIN)/python -m tests.e2e_containers.prepare) && \
