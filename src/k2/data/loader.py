@@ -6,12 +6,13 @@ end of an epoch (or of a context-length phase) opens the next. Every rank keeps 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from k2.data.ledger import Span
 from k2.data.packing import Int64, Stream
 
 IGNORE = -100
@@ -35,7 +36,7 @@ class TokenLoader:
     """Endless seeded batches over a tokenized corpus.
 
     `batch_size` is the number of rows of the whole step; rank r of `world_size` gets the r-th equal part,
-    so a run may resume with another world size and see the same steps.
+    so a run may resume with another world size and see the same steps. `read` are the rows of the last batch.
     Raises ValueError for an empty corpus or a batch size that the ranks do not divide.
     """
 
@@ -55,6 +56,7 @@ class TokenLoader:
             raise ValueError("the corpus holds no tokens")
         self._tokens, self._offsets, self._seed = tokens, np.asarray(offsets), seed
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
+        self.read: list[Span] = []
         self._start_epoch(0, Stream.of(np.empty(0, np.int64), np.empty(0, np.int64)), context_length)
 
     @property
@@ -69,9 +71,20 @@ class TokenLoader:
 
     def next_batch(self) -> Batch:
         """The rank's rows of the next step."""
-        index_BL = np.concatenate(list(self._take(self._batch_size)))
         part = self._batch_size // self._world_size
-        return self._batch(index_BL[self._rank * part : (self._rank + 1) * part])
+        return self.take(self._batch_size, self._rank * part, (self._rank + 1) * part)
+
+    def take(self, count: int, low: int, high: int) -> Batch:
+        """Go on by `count` rows, and return those from `low` to `high` of them; `read` says which they are."""
+        found, self.read, position = [np.empty((0, self.context_length), np.int64)], [], 0
+        for span in self._take(count):
+            first, last = max(low - position, 0), min(high - position, span.stop - span.start)
+            if first < last:
+                mine = replace(span, start=span.start + first, stop=span.start + last)
+                self.read.append(mine)
+                found.append(self._index(mine))
+            position += span.stop - span.start
+        return self._batch(np.concatenate(found))
 
     def set_context_length(self, context_length: int, batch_size: int) -> None:
         """Go on with rows of another length: what is left of the epoch is cut and shuffled anew."""
@@ -126,8 +139,8 @@ class TokenLoader:
         rows = np.append(np.sort(self._rows[taken:]), len(self._stream) // length)
         return self._stream.slices(rows[rows * length < len(self._stream)] * length, length)
 
-    def _take(self, count: int) -> Iterator[Int64]:
-        """Token indices [rows, L] of the next `count` rows, across epochs."""
+    def _take(self, count: int) -> Iterator[Span]:
+        """The next `count` rows, across epochs; each part must be looked at before the next."""
         while count:
             length, taken = self._phases[-1]
             rows = self._rows[taken : taken + count]
@@ -136,7 +149,12 @@ class TokenLoader:
                 continue
             self._phases[-1][1] += len(rows)
             count -= len(rows)
-            yield self._stream.locate(rows[:, None] * length + np.arange(length))
+            yield Span(self._epoch, len(self._phases), taken, taken + len(rows), len(self._rows))
+
+    def _index(self, span: Span) -> Int64:
+        """Token indices [rows, L] of rows of the present phase."""
+        length = self.context_length
+        return self._stream.locate(self._rows[span.start : span.stop, None] * length + np.arange(length))
 
     def _batch(self, index_BL: Int64) -> Batch:
         document_BL = np.searchsorted(self._offsets, index_BL, side="right") - 1
