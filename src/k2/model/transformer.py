@@ -4,7 +4,7 @@ Letters in shapes: B batch, L length, D hidden, H heads, E experts, V vocabulary
 """
 
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,7 +46,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer < config.first_k_dense_replace
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
-        self._recomputation = self._switch(recompute) if recompute else nullcontext()
+        self._recomputation: AbstractContextManager[None] = self._switch(recompute) if recompute else nullcontext()
 
     def _switch(self, recompute: Collection[Recompute]) -> Recomputation:
         recomputation = Recomputation()
