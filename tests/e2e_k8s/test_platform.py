@@ -12,8 +12,8 @@ from tests.e2e_k8s.conftest import RUNNER, SPACE, Platform
 
 pytestmark = pytest.mark.e2e
 LAUNCHER = [
-    *("create batch/jobs", "delete batch/jobs", "patch batch/jobs", "create services", "list pods", "get pods/log"),
-    *("list events", "create trainer.kubeflow.org/trainjobs", "get argoproj.io/workflows"),
+    *("create batch/jobs", "delete batch/jobs", "create services", "list pods", "get pods/log"),
+    *("create trainer.kubeflow.org/trainjobs", "get argoproj.io/workflows"),
 ]
 ALLOWED = {
     RUNNER: [*LAUNCHER, "create pods"],
