@@ -85,4 +85,5 @@ def _as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
