@@ -8,7 +8,7 @@ from k2.evaluation.tasks import Example, get_task
 from k2.rl.critic import RuleCritic
 from k2.rl.environments import TaskEnvironment
 from k2.rl.prompts import Prompts, general_example
-from k2.rl.rewards import Judge, centred, decayed, total_reward
+from k2.rl.rewards import Judge, Verdict, centred, decayed, total_reward
 
 CONFIG = RewardConfig(verifier=1.0, rubric=0.2, budget_penalty=0.5)
 
@@ -25,6 +25,16 @@ def test_verifiable_answers_are_rewarded_by_the_verifier_and_the_win_rate() -> N
     verdicts = Judge(CONFIG, RuleCritic()).judge(example, [right, "nope", ""], [False, False, True])
     assert [verdict.parts["verifier"] for verdict in verdicts] == [1.0, 0.0, 0.0]
     assert verdicts[0].reward > verdicts[1].reward > verdicts[2].reward
+
+
+def test_agreement_counts_the_pairs_that_the_verifier_tells_apart() -> None:
+    def verdict(verifier: float, rubric: float) -> Verdict:
+        return Verdict(0.0, {"verifier": verifier, "rubric": rubric})
+
+    group = [verdict(1, 0.9), verdict(1, 0.1), verdict(0, 0.5), verdict(0, 0.1)]
+    assert [one.agreement(group) for one in group] == [(2.0, 2), (0.5, 2), (1.0, 2), (1.5, 2)]
+    general = [Verdict(0.0, {"rubric": rubric}) for rubric in (0.0, 1.0)]
+    assert general[0].agreement(general) == (0, 0)
 
 
 def test_general_requests_are_rewarded_by_the_rubric_alone() -> None:

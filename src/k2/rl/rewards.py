@@ -17,6 +17,18 @@ class Verdict:
     reward: float
     parts: Mapping[str, float]
 
+    def agreement(self, others: Sequence["Verdict"]) -> tuple[float, int]:
+        """How often the critic's order is the verifier's, a tie counting half, and of how many other answers.
+
+        Answers that the verifier finds equal, or that it cannot check, have no order.
+        """
+        pairs = [
+            (self.parts["verifier"] - other.parts["verifier"], self.parts["rubric"] - other.parts["rubric"])
+            for other in others
+            if self.parts.get("verifier") != other.parts.get("verifier")
+        ]
+        return sum(0.5 if rubric == 0 else float((rubric > 0) == (truth > 0)) for truth, rubric in pairs), len(pairs)
+
 
 class Judge:
     """Scores a group of answers: the task's verifier, and the win rate among them by the critic."""

@@ -34,6 +34,7 @@ class Graded:
     group: Group
     rollout: Rollout
     verdict: Verdict
+    agreement: tuple[float, int]
     advantage: float
 
     @property
@@ -135,7 +136,8 @@ class RolloutSource:
             texts = [self._engine.text(rollout) for rollout in valid]
             verdicts = self._judge.judge(self._prompts.example(group.prompt), texts, [not r.ended for r in valid])
             advantages = centred([verdict.reward for verdict in verdicts])
-            graded += [Graded(group, *row) for row in zip(valid, verdicts, advantages, strict=True)]
+            agreements = [verdict.agreement(verdicts) for verdict in verdicts]
+            graded += [Graded(group, *row) for row in zip(valid, verdicts, agreements, advantages, strict=True)]
         if not graded:
             raise StageError(f"iteration {self._iteration}: every answer has a log-probability that is not a number")
         return graded
@@ -185,6 +187,8 @@ class RolloutSource:
                 "reward": answer.verdict.reward,
                 "verifier": answer.verdict.parts.get("verifier", 0.0),
                 "rubric": answer.verdict.parts["rubric"],
+                "critic_agreed": answer.agreement[0],
+                "critic_pairs": float(answer.agreement[1]),
                 "truncated": float(not answer.rollout.ended),
                 "response_tokens": float(len(answer.rollout.response_ids)),
                 "policy_age": self._state.step - sum(answer.rollout.versions) / len(answer.rollout.versions),

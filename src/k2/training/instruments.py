@@ -4,6 +4,7 @@ Letters in shapes: N layers, M layers with experts, H heads, E experts.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,11 +80,20 @@ def expert_shares(counts_ME: Tensor | None) -> tuple[list[float], list[float]]:
     return shares_ME.amax(1).tolist(), shares_ME.amin(1).tolist()
 
 
+def _rewards(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Mean reward, and the share of verifiable pairs of answers that the critic orders as they are, where known."""
+    values = {"reward": metrics["reward"]} if "reward" in metrics else {}
+    if metrics.get("critic_pairs"):
+        values["critic_agreement"] = metrics["critic_agreed"] / metrics["critic_pairs"]
+    return values
+
+
 def show(state: TrainState, report: StepReport, total: int, progress: Progress) -> None:
     """Pass a step on to the progress display, the metrics and the event log."""
     tau = state.optimizer.config.tau
     names = ("loss", "lr", "tokens", "grad_norm", "update_rms", "max_logits", "gammas", "expert_load", "expert_floor")
     values = {name: getattr(report, name) for name in names} | ({} if tau is None else {"tau": tau})
+    values |= _rewards(report.metrics)
     progress.update(report.step, total, "steps", max_logit=max(report.max_logits), **values)
     if report.spike:
         progress.event("loss_spike", step=report.step, reason=report.spike)
