@@ -125,6 +125,19 @@ def test_the_cache_holds_576_of_20480_values() -> None:
     assert (per_token, full, round(full / per_token, 1)) == (576, 20_480, 35.6)
 
 
+def test_the_cache_is_allocated_once_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    allocate = LatentCache.__init__
+
+    def counted(self: LatentCache, config: ModelConfig, rows: int, length: int, *rest: object) -> None:
+        shapes.append((rows, length))
+        allocate(self, config, rows, length, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LatentCache, "__init__", counted)
+    Engine(build(TINY), max_batch_tokens=60).generate(PROMPTS, 3, SamplingConfig(12))
+    assert shapes == [(3, 20)]
+
+
 def test_a_sequence_longer_than_the_cache_is_named() -> None:
     engine = Engine(build(TINY), max_batch_tokens=20)
     with pytest.raises(UserError, match=r"prompt 1 has 11 tokens .* at most 20 \(max_batch_tokens\) fit"):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2.errors import UserError
+from k2.model import sampling
 from k2.model.decode import Decoder, Prepared
 from k2.model.generate import Engine, Sample
 from k2.model.mixture import Mixture
@@ -47,6 +48,8 @@ def test_greedy_generation_equals_transformers_token_for_token(shape: str) -> No
         left_padded, attention_mask=keep, do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0
     )
     assert [sample.token_ids for (sample,) in ours] == generated[:, width:].tolist()
+    alone = [Engine(model).generate([prompt], 1, SamplingConfig(20, temperature=0.0))[0] for prompt in PROMPTS]
+    assert [sample.token_ids for (sample,) in alone] == generated[:, width:].tolist()
 
 
 def sampled(model: Transformer, prompts: list[list[int]], n: int, budget: int, **values: float) -> list[list[Sample]]:
@@ -169,6 +172,22 @@ def test_choices_follow_the_distribution() -> None:
     tokens, _, _ = choose(logits, rows, torch.from_numpy(uniform))
     frequency = torch.bincount(tokens, minlength=4) / 40_000
     torch.testing.assert_close(frequency, (logits[0] / 0.5).softmax(-1), atol=0.01, rtol=0)
+
+
+def test_drawing_a_block_first_draws_the_same_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(300, 4 * sampling.BLOCK, generator=generator) * 4
+    logits[:, ::3] = -torch.inf
+    logits[:7, : 2 * sampling.BLOCK] = -torch.inf
+    uniform = torch.rand(300, generator=generator, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1.0 - 2.0**-53])
+    rows = RowSampling.of([SamplingConfig(1)] * 300, torch.device("cpu"))
+    monkeypatch.setattr(sampling, "BLOCKWISE", 2**60)
+    at_once, _, _ = choose(logits, rows, uniform)
+    monkeypatch.setattr(sampling, "BLOCKWISE", 0)
+    by_block, logprobs, _ = choose(logits, rows, uniform)
+    assert at_once.tolist() == by_block.tolist()
+    assert torch.isfinite(logprobs).all()
 
 
 @settings(max_examples=50, deadline=None)

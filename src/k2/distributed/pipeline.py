@@ -9,12 +9,10 @@ Letters in shapes: B rows of a micro-batch, L length, D hidden, N layers, H head
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
 
 from k2.config.model import ModelConfig
 from k2.distributed.mesh import Mesh
@@ -24,7 +22,11 @@ from k2.planner.layout import layers_of_chunks
 from k2.training.batches import NextTokenLoss, TokenBatch
 from k2.training.loop import Loss
 
-Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
+    from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+
+    Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 
 
 class _Ride(torch.autograd.Function):
@@ -106,6 +108,9 @@ class Pipeline:
     """This rank's part in the schedule of steps that all have micro-batches of one shape, and the same number."""
 
     def __init__(self, mesh: Mesh, model: Transformer, loss_fn: NextTokenLoss, batches: Sequence[TokenBatch]) -> None:
+        # Imported where there is a pipeline, for it takes seconds.
+        from torch.distributed.pipelining import PipelineStage
+
         self._losses: list[tuple[int, Loss]] = []
         count, chunks = len(batches), mesh.layout.pp * mesh.layout.virtual_stages
         mine = range(mesh.pipeline.rank(), chunks, mesh.layout.pp)
@@ -133,8 +138,10 @@ class Pipeline:
         return self._losses
 
 
-def _schedule(stages: list[PipelineStage], count: int, loss_fn: Any, ranks: int) -> Schedule:
+def _schedule(stages: "list[PipelineStage]", count: int, loss_fn: Any, ranks: int) -> "Schedule":
     """Sums of losses, not means: gradients must not be divided by the number of micro-batches."""
+    from torch.distributed.pipelining import Schedule1F1B, ScheduleInterleaved1F1B
+
     if len(stages) == 1 and count >= ranks:
         return Schedule1F1B(stages[0], count, loss_fn, scale_grads=False)
     return ScheduleInterleaved1F1B(list(stages), count, loss_fn, scale_grads=False)
