@@ -107,7 +107,8 @@ def newton_schulz(matrices_NRC: Tensor, scheme: Scheme) -> Tensor:
 
 def _norm(x_NRC: Tensor) -> Tensor:
     wide = torch.promote_types(x_NRC.dtype, torch.float32)
-    return torch.linalg.vector_norm(x_NRC, dim=(1, 2), keepdim=True, dtype=wide).clamp_(min=EPS)
+    norm_N11: Tensor = torch.linalg.vector_norm(x_NRC, dim=(1, 2), keepdim=True, dtype=wide)
+    return norm_N11.clamp_(min=EPS)
 
 
 def _launches() -> tuple[Launch, ...]:
