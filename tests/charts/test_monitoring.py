@@ -154,9 +154,11 @@ def test_each_alert_has_a_unit_test() -> None:
     assert firing == {rule["alert"] for rule in rules() if "alert" in rule}
 
 
-def test_what_a_stage_reports_reaches_the_metrics_that_alerts_need() -> None:
+def test_what_a_stage_reports_reaches_the_metrics_that_alerts_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("K2_PEAK_FLOPS", "1e15")
     stage = StageMetrics("pretrain", "alerts")
-    stage.progress(1, 2, 3.0, None, {"tau": 100.0, "expert_floor": [0.5, 0.0], "mfu": 0.4, "critic_agreement": 0.75})
+    stage.event("phase", {"flops_per_token": 2e11})
+    stage.progress(1, 2, 3.0, 2000.0, {"tau": 100.0, "expert_floor": [0.5, 0.0], "critic_agreement": 0.75})
     stage.event("checkpoint", {"step": 1})
     stage.event("skipped_update", {"step": 1})
     labels = {"stage": "pretrain", "run": "alerts"}

@@ -104,6 +104,18 @@ def test_containers_are_what_the_deployment_says(rendering: Rendering, deploymen
             assert settings["podMetadata"]["labels"] == labels(work)
 
 
+def test_pods_know_the_peak_of_what_they_train_on_if_the_deployment_says_it(gpu: Deployment) -> None:
+    work = gpu.placement("pretrain")
+    assert "K2_PEAK_FLOPS" not in environment(work)
+    accelerator = work.pool.accelerator
+    assert accelerator is not None
+    told = work.pool.model_copy(
+        update={"accelerator": accelerator.model_copy(update={"peak_tflops": 989.0}), "nodes": 4}
+    )
+    variables = environment(work.model_copy(update={"pool": told}))
+    assert float(variables["K2_PEAK_FLOPS"]) == 989e12 * accelerator.count * 4
+
+
 def test_every_container_is_as_restricted_as_kfp_allows(rendering: Rendering, deployment: Deployment) -> None:
     for name, _, settings in placed(rendering):
         context = settings["securityContext"]

@@ -51,6 +51,9 @@ class Accelerator(Section):
         "nvidia.com/gpu", "resource name; a MIG slice is one too, such as nvidia.com/mig-1g.10gb"
     )
     count: int = setting(1, "how many of it one pod gets", ge=1, le=64)
+    peak_tflops: float | None = setting(
+        None, "peak of one of it in bf16, TFLOP/s without sparsity; MFU is reported against it, or not at all", gt=0
+    )
 
 
 class Toleration(Section):

@@ -50,7 +50,7 @@ EXPERT_IMBALANCE = _gauge("expert_load_imbalance_ratio", "Busiest expert's load 
 REWARD = _gauge("reward", "Mean reward of the last RL step.")
 ACCURACY = _gauge("accuracy_ratio", "Share of verifiable answers that are right, as last measured, 0 to 1.")
 CRITIC_AGREEMENT = _gauge("critic_agreement_ratio", "Share of verifiable pairs that the critic orders as they are.")
-MFU = _gauge("mfu_ratio", "Model FLOP/s of the last steps over the accelerators' peak, 0 to 1.")
+MFU = _gauge("mfu_ratio", "Model FLOP/s of the last steps over K2_PEAK_FLOPS, 0 to 1; pretrain only.")
 PROGRESS_TIME = _gauge("progress_timestamp_seconds", "Unix time of the stage's last progress.")
 CHECKPOINT_TIME = _gauge("checkpoint_timestamp_seconds", "Unix time of the last published checkpoint.")
 TOKENS = _counter("tokens", "Tokens trained on.")
@@ -71,7 +71,6 @@ _VALUE_GAUGES = {
     "reward": REWARD,
     "accuracy": ACCURACY,
     "critic_agreement": CRITIC_AGREEMENT,
-    "mfu": MFU,
     "tau": ATTENTION_LOGIT_ALLOWED,
 }
 _VALUE_LAYERS = {
@@ -99,6 +98,7 @@ class StageMetrics:
     def __init__(self, stage: str, run: str) -> None:
         self._stage, self._run = stage, run
         self._totals: dict[str, float] = {}
+        self._flops_per_token, self._peak = 0.0, float(os.environ.get("K2_PEAK_FLOPS", "0"))
 
     def progress(
         self, done: float, total: float, elapsed: float, token_rate: float | None, values: Mapping[str, Any]
@@ -109,13 +109,17 @@ class StageMetrics:
         STAGE_DURATION.labels(self._stage, self._run).set(elapsed)
         if token_rate is not None:
             TOKENS_PER_SECOND.labels(self._stage, self._run).set(token_rate)
+            if self._peak and self._flops_per_token:
+                MFU.labels(self._stage, self._run).set(token_rate * self._flops_per_token / self._peak)
         rejected = {"rejected": done - values["accepted"]} if "accepted" in values else {}
         for name, value in (rejected | dict(values)).items():
             self._value(name, value)
 
     def event(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Take in one event: clipped heads, a spike, a skipped update, a checkpoint, the end of a cached stage."""
-        if kind == "qk_clip":
+        """Take in one event: a phase's work, clipped heads, a spike, a skipped update, a checkpoint, a cached stage."""
+        if kind == "phase":
+            self._flops_per_token = values["flops_per_token"]
+        elif kind == "qk_clip":
             QK_CLIP.labels(self._stage, self._run).inc(values["heads"])
         elif kind == "skipped_update":
             SKIPPED_UPDATES.labels(self._stage, self._run).inc()

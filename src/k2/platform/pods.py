@@ -38,6 +38,9 @@ def environment(here: Placement) -> dict[str, str]:
     known = {"HOME": SCRATCH, "TMPDIR": SCRATCH, "K2_HOME": f"{SCRATCH}/k2", "HF_HUB_OFFLINE": "1", **here.pool.nccl}
     if METRICS_TOKEN in here.secrets:
         known |= {"K2_METRICS_PORT": str(METRICS_PORT), "K2_METRICS_HOST": "0.0.0.0"}
+    accelerator = here.pool.accelerator
+    if accelerator and accelerator.peak_tflops:
+        known["K2_PEAK_FLOPS"] = f"{accelerator.peak_tflops * 1e12 * accelerator.count * here.pool.nodes:g}"
     if here.network.ca_config_map:
         bundle = f"{CA_FOLDER}/{here.network.ca_key}"
         known |= dict.fromkeys(("K2_S3_CA", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"), bundle)

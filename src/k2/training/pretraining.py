@@ -20,6 +20,7 @@ from k2.distributed.mesh import Mesh, join, problem_of
 from k2.distributed.plan import DistributedPlan
 from k2.errors import UserError
 from k2.execution.contract import Progress
+from k2.model.cost import token_cost
 from k2.model.layout import logical_tensors
 from k2.model.mla import LatentAttention
 from k2.model.rope import softmax_scale
@@ -229,6 +230,7 @@ def pretrain(
             reconfigure(state.model, model_config(config, segment.yarn))
             source.set_context_length(segment.context_length)
             measure = partial(_measure, state, plan, segment, config, heldout)
+            progress.event("phase", name=segment.name, **_work(state.model.config, segment.context_length))
             measure(f"{segment.name}_before", at=start)
             if state.step == start and config.optimizer.spike_policy == "rollback":
                 checkpoints.save(state, source)  # a rollback must not lead into another context length
@@ -240,6 +242,11 @@ def pretrain(
         start = segment.until
     checkpoints.wait()
     state.history.finish()
+
+
+def _work(config: ModelConfig, context: int) -> dict[str, int]:
+    """What a token costs at this context length, in operations of the forward and the backward pass."""
+    return {"context_length": context, "flops_per_token": token_cost(config, context).flops_training}
 
 
 def _measure(
