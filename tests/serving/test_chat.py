@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from k2.config.model import ModelConfig
 from k2.data.tokenizer import Tokenizer
 from k2.errors import UserError
 from k2.model import hf
@@ -15,6 +14,7 @@ from k2.model.transformer import Transformer
 from k2.serving.answer import AnswerText
 from k2.serving.chat import ChatSettings, Conversation, chat, load_export, load_tokenizer
 from k2.serving.chat_template import IM_END, encode_chat
+from tests.serving.small import shape
 
 CONTEXT = 128
 
@@ -23,24 +23,7 @@ CONTEXT = 128
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("bf16")
     Tokenizer.train(["naïve café — hello world, how are you?"] * 5, 600).save(directory)
-    config = ModelConfig(
-        vocab_size=600,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=8,
-        v_head_dim=8,
-        max_position_embeddings=CONTEXT,
-    )
+    config = shape(CONTEXT)
     hf.save(Transformer(config).initialize(0), config, directory)
     return directory
 

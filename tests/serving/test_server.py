@@ -16,7 +16,6 @@ import pytest
 import uvicorn
 
 from k2.config.generator import GeneratorConfig
-from k2.config.model import ModelConfig
 from k2.data.tokenizer import Tokenizer
 from k2.errors import UserError
 from k2.generation.openai import Endpoint
@@ -34,28 +33,11 @@ from k2.serving.chat_template import (
 )
 from k2.serving.server import application, key_for
 from k2.serving.service import Service
+from tests.serving.small import shape
 
-CONTEXT, KEY = 256, "a key of the test"
+CONFIG, KEY = shape(256), "a key of the test"
 HELLO = [{"role": "user", "content": "hello world"}]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
-CONFIG = ModelConfig(
-    vocab_size=600,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    intermediate_size=48,
-    moe_intermediate_size=16,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_shared_experts=1,
-    first_k_dense_replace=1,
-    q_lora_rank=16,
-    kv_lora_rank=16,
-    qk_nope_head_dim=8,
-    qk_rope_head_dim=8,
-    v_head_dim=8,
-    max_position_embeddings=CONTEXT,
-)
 
 
 @dataclass

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from k2.config.base import canonical_json
 from k2.config.deployment import Deployment
-from k2.errors import StageError, UserError
+from k2.errors import UserError
 from k2.platform.api import PipelinesApi
 from k2.platform.runs import typed
 from k2.platform.schedule_file import Schedule, Schedules
 from k2.platform.versions import find_version
 from k2.store.client import Store
-from k2.store.lease import Holder, Lease
+from k2.store.lease import exclusive
 
 LEASE = "schedules/lease.json"
 _MARK = re.compile(r"\[k2 schedule=(?P<name>\S+) spec=(?P<digest>[0-9a-f]{16})\]$")
@@ -79,15 +79,7 @@ def apply(api: PipelinesApi, store: Store, schedules: Schedules, deployment: Dep
         UserError: as `plan`.
         StageError: someone else is applying schedules right now.
     """
-    holders: list[Holder] = []
-
-    def elsewhere(holder: Holder) -> bool:
-        holders.append(holder)
-        return True
-
-    with Lease(store, LEASE, waiting=elsewhere) as lease:
-        if not lease.held:
-            raise StageError(f"{holders[0].host}:{holders[0].pid} is applying schedules; run again when that is done")
+    with exclusive(store, LEASE, "applying schedules") as lease:
         for change in plan(api, schedules, deployment):
             lease.assert_held()
             _execute(api, change)

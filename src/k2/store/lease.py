@@ -160,6 +160,25 @@ class Lease:
 
 
 @contextmanager
+def exclusive(store: Store, name: str, doing: str) -> Iterator[Lease]:
+    """A lease for work that only one process does at a time, and that nobody waits for.
+
+    Raises:
+        StageError: another process holds it, and is `doing` what this one was about to.
+    """
+    holders: list[Holder] = []
+
+    def elsewhere(holder: Holder) -> bool:
+        holders.append(holder)
+        return True
+
+    with Lease(store, name, waiting=elsewhere) as lease:
+        if not lease.held:
+            raise StageError(f"{holders[0].host}:{holders[0].pid} is {doing}; run again when that is done")
+        yield lease
+
+
+@contextmanager
 def reading(store: Store, *uris: str) -> Iterator[None]:
     """Keep artifacts from garbage collection while they are read outside a run."""
     name = f"readers/{uuid.uuid4().hex}.json"

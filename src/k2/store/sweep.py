@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from k2.errors import StageError, UserError
+from k2.errors import UserError
 from k2.store.artifacts import find
 from k2.store.client import ConflictError, Store
 from k2.store.gc import CONDEMNED, Inventory, Item, Plan, Policy, Published, make_plan, read_plan, take_inventory
-from k2.store.lease import Holder, Lease
+from k2.store.lease import Lease, exclusive
 
 LEASE = "gc/lease.json"
 PLANS = "gc/plans/"
@@ -60,15 +60,7 @@ def apply(
         StageError: someone else is collecting garbage right now.
     """
     policy, listed = _stored_plan(store, digest)
-    holders: list[Holder] = []
-
-    def elsewhere(holder: Holder) -> bool:
-        holders.append(holder)
-        return True
-
-    with Lease(store, LEASE, waiting=elsewhere) as lease:
-        if not lease.held:
-            raise StageError(f"{holders[0].host}:{holders[0].pid} is collecting garbage; run again when that is done")
+    with exclusive(store, LEASE, "collecting garbage") as lease:
         found = take_inventory(store, kinds, policy)
         chosen = [item for item in make_plan(found, policy, store.url).items if (item.what, item.name) in listed]
         artifacts = {item.name for item in chosen if item.what == "artifact"}
