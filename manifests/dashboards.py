@@ -279,6 +279,16 @@ DASHBOARDS = {
                 "One sample a minute, so a sample is a sixtieth of an hour for each accelerator.",
                 "table",
             ),
+            Panel(
+                "Names of runs",
+                "none",
+                {
+                    "{{run}} {{k2_dev_run}} {{k2_dev_preset}}": "count by (run, k2_dev_run, k2_dev_preset) "
+                    "(last_over_time(k2_stage_progress_ratio[30d]))"
+                },
+                "Stages of each run that served metrics. Chargeback has the workflow's name, `k2_dev_run`.",
+                "table",
+            ),
         ),
     ),
 }

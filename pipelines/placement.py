@@ -19,7 +19,10 @@ from k2.platform.pods import (
     JOBS_VARIABLE,
     LAUNCH_VARIABLE,
     POD_VARIABLE,
+    PRESET_VARIABLE,
+    RUN_LABEL,
     SCRATCH,
+    WORKFLOW_NAME,
     environment,
     labels,
     secret_variables,
@@ -69,7 +72,9 @@ def place(task: PipelineTask, name: str) -> PipelineTask:
         launch = {JOBS_VARIABLE: ",".join(deployment.job_kinds())}
     container = task.container_spec
     # kfp's setters inspect the whole call stack each time, which would be most of the time of compiling.
-    container.image, container.resources, container.env = here.image, _resources(here.pool), environment(here) | launch
+    pinned = {PRESET_VARIABLE: deployment.preset} if deployment.preset and name == "configure" else {}
+    container.image, container.resources = here.image, _resources(here.pool)
+    container.env = environment(here) | launch | pinned
     _schedule(task, here)
     _secure(task, here)
     _mount(task, here)
@@ -115,7 +120,7 @@ def _schedule(task: PipelineTask, here: Placement) -> None:
         known = {"key": taint.key, "operator": taint.operator, "value": taint.value, "effect": taint.effect}
         kubernetes.add_toleration(task, **{name: value for name, value in known.items() if value})
     kubernetes.set_timeout(task, seconds=here.timeout_s)
-    for key, value in labels(here).items():
+    for key, value in (labels(here) | {RUN_LABEL: WORKFLOW_NAME}).items():
         kubernetes.add_pod_label(task, key, value)
 
 

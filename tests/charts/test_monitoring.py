@@ -17,10 +17,10 @@ from tests.manifests.render import ROOT, kustomize, tool
 
 MONITORING = ROOT / "charts" / "k2" / "files" / "monitoring"
 RULES = yaml.safe_load((MONITORING / "rules.yaml").read_text())["spec"]
-TARGET = {"namespace", "pod", "container", "job", "instance"}
+TARGET = {"namespace", "pod", "container", "job", "instance", "k2_dev_team", "k2_dev_run", "k2_dev_preset"}
 POD = {"namespace", "pod", "uid"}
-LABELS = {f"label_k2_dev_{each}" for each in ("team", "project", "cost_center", "run")} | {
-    *("label_app_kubernetes_io_part_of", "label_workflows_argoproj_io_workflow")
+LABELS = {f"label_k2_dev_{each}" for each in ("team", "project", "cost_center", "run", "preset")} | {
+    "label_app_kubernetes_io_part_of"
 }
 OTHERS = {
     # kube-state-metrics

@@ -35,7 +35,9 @@ def jobs(
         ("other", "sft", "job", "theirs"),
     ):
         work = Work(run="night", stage=stage, config={}, inputs={}, key="0" * 64)
-        body = Launcher(cluster, placement(stage, pool), store, progress)._job(work, 1)
+        body = Launcher(cluster, placement(stage, pool), store, progress)._job(
+            work, 1, owner_of_run(kubernetes, workflow)
+        )
         body["metadata"] |= {"name": name, "ownerReferences": [owner_of_run(kubernetes, workflow)]}
         kubernetes.add(TRAIN_JOBS if pool == "gpus" else JOBS, body)
     kubernetes.status("done", conditions=[{"type": "Complete", "status": "True"}])

@@ -15,7 +15,7 @@ from k2.config.tokenize import TokenizeConfig
 from k2.errors import StageError, UserError
 from k2.execution.runner import execute
 from k2.launch.cluster import Cluster
-from k2.launch.launcher import Launcher, Times
+from k2.launch.launcher import Launcher, Times, owner
 from k2.launch.work import Work
 from k2.monitoring.run_record import write_stage_record
 from k2.store.artifacts import Artifact
@@ -111,12 +111,14 @@ def test_a_stage_is_made_by_a_job_and_its_result_returned(
         "documents": make_artifact("rephrase", {"documents.jsonl.zst": documents(20, "the quick brown fox")}),
         "heldout": make_artifact("ingest", {"heldout.jsonl.zst": documents(3, "a slow dog")}),
     }
-    outcome = execute("tokenize", TokenizeConfig(vocab_size=512), inputs, store, progress, "nightly 1")
+    outcome = execute("tokenize", TokenizeConfig(vocab_size=512), inputs, store, progress, "nightly 1", "nano")
     assert "train/tokens.npy" in outcome.artifact.files
     assert not outcome.cached
     (job,) = kubernetes.of("jobs")
     assert job["metadata"]["ownerReferences"][0]["kind"] == "Workflow"
-    assert job["metadata"]["labels"]["k2.dev/run"] == "nightly-1"
+    pod = job["spec"]["template"]["metadata"]
+    for labels in (job["metadata"]["labels"], pod["labels"]):
+        assert (labels["k2.dev/run"], labels["k2.dev/preset"]) == ("k2-abcde", "nano")
     assert kinds(progress)[0] == "job_created"
     assert '"kind":"progress"' in capsys.readouterr().err
     (log,) = [info.name for info in store.list("runs/nightly 1/logs/tokenize/")]
@@ -138,7 +140,7 @@ def _file(monkeypatch: pytest.MonkeyPatch, text: str) -> Any:
 
 def job_of(launcher: Launcher, attempt: int = 1, work: Work = WORK) -> dict[str, Any]:
     """The job that this launcher would make."""
-    return launcher._job(work, attempt)
+    return launcher._job(work, attempt, owner(launcher.cluster))
 
 
 def finish(kubernetes: FakeKubernetes, make_artifact: Make, store: Store, name: str = NAME) -> None:
@@ -167,7 +169,7 @@ def test_the_job_is_owned_marked_and_limited(
     assert job["spec"]["activeDeadlineSeconds"] == 7200  # An hour of work, and one of waiting for nodes.
     assert (
         job["metadata"]["labels"].items()
-        >= {"k2.dev/run": "nightly-1", "k2.dev/stage": "tokenize", "k2.dev/team": "ml"}.items()
+        >= {"k2.dev/run": "run-a", "k2.dev/stage": "tokenize", "k2.dev/team": "ml"}.items()
     )
     assert job["metadata"]["labels"] == job["spec"]["template"]["metadata"]["labels"]
     finish(kubernetes, make_artifact, store)

@@ -28,6 +28,7 @@ def document() -> dict[str, Any]:
         ("stages/pretrain", "gpus", "stages.pretrain: there is no pool 'gpus'; the pools are light, data, gpu, slice"),
         ("stages/pretrian", "gpu", "stages: there is no stage 'pretrian'; the stages are corpus"),
         ("default_pool", "gpu", "default_pool: launchers run there"),
+        ("preset", "huge", "preset: 'huge' is unknown; the presets are k2-1t, moonlight-16b"),
         ("pools/gpu/acelerator", {}, "pools.gpu.acelerator: there is no field 'acelerator' here; the fields are image"),
         ("pools/gpu/accelerator/num", 8, "pools.gpu.accelerator.num: there is no field 'num' here; the fields are res"),
         ("pools/gpu/image", "cuda", "pools.gpu.image: there is no image 'cuda'; the images are cpu, gpu"),

@@ -15,8 +15,9 @@ from k2.cli import main
 from k2.config.deployment import Deployment, Placement
 from k2.config.quantity import amount
 from k2.errors import UserError
+from k2.execution.component import resolve_config
 from k2.execution.registry import STAGES
-from k2.platform.pods import LAUNCH_VARIABLE, environment, labels
+from k2.platform.pods import LAUNCH_VARIABLE, PRESET_VARIABLE, environment, labels
 from k2.platform.render import MAX_BYTES, PIPELINES, RECIPES, Rendering, render, spec_digest
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +102,7 @@ def test_containers_are_what_the_deployment_says(rendering: Rendering, deploymen
         else:
             jobs = {"K2_JOBS": "trainjob"} if name == "report" and deployment.job_kinds() else {}
             assert env == environment(work) | jobs
-            assert settings["podMetadata"]["labels"] == labels(work)
+            assert settings["podMetadata"]["labels"] == labels(work) | {"k2.dev/run": "{{workflow.name}}"}
 
 
 def test_pods_know_the_peak_of_what_they_train_on_if_the_deployment_says_it(gpu: Deployment) -> None:
@@ -139,6 +140,28 @@ def test_labels_say_who_pays(gpu: Deployment) -> None:
         wanted = {"k2.dev/team": "ml-platform", "k2.dev/cost-center": "4711", "k2.dev/stage": name}
         assert found.items() >= wanted.items()
         assert found["sidecar.istio.io/inject"] == "false"
+
+
+def test_every_step_has_its_runs_label_and_a_pinned_preset(rendering: Rendering, gpu: Deployment) -> None:
+    """Argo fills in the run; the preset is constant only where the deployment allows no other, and then it is true."""
+    for name, _, settings in placed(rendering):
+        assert settings["podMetadata"]["labels"]["k2.dev/run"] == "{{workflow.name}}", name
+        assert "k2.dev/preset" not in settings["podMetadata"]["labels"]
+    pinned = render("k2", gpu.model_copy(update={"preset": "small"}))
+    assert pinned.spec["root"]["inputDefinitions"]["parameters"]["preset"]["defaultValue"] == "small"
+    for name, container, settings in placed(pinned):
+        assert settings["podMetadata"]["labels"]["k2.dev/preset"] == "small"
+        told = {each["value"] for each in container["env"] if each["name"] == PRESET_VARIABLE}
+        assert told == ({"small"} if name == "configure" else set())
+
+
+def test_a_pinned_preset_refuses_others(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv(PRESET_VARIABLE, "tiny")
+    assert json.loads(resolve_config("tiny", "", "x"))["preset"] == "tiny"
+    with pytest.raises(SystemExit) as end:
+        resolve_config("nano", "", "x")
+    assert end.value.code == 2
+    assert "preset: 'nano' is not 'tiny', the only one that the deployment file allows" in capsys.readouterr().err
 
 
 def test_a_gpu_pod_gets_its_slice_its_shm_and_its_taint(gpu: Deployment) -> None:

@@ -62,7 +62,7 @@ def run_arm(
         store = Store.from_environment()
         own[tune] = best_candidate([open_uri(store, uri) for uri in candidates], tune)
     section = arm_config(config.pretrain, own, own.pop("seed"))
-    outcome = recorded("pretrain", section, {"tokens": Path(tokens.path).read_text()}, config.run, label)
+    outcome = recorded("pretrain", section, {"tokens": Path(tokens.path).read_text()}, config.run, label, config.preset)
     deliver(outcome, artifact, metrics)
     return outcome.artifact.uri
 

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from k2.config.base import Section, setting
 from k2.config.k2 import K2Config
+from k2.config.load import preset_names
 from k2.config.quantity import amount
 
 RESUMABLE = frozenset({"ingest", "rephrase", "pretrain", "synthesize", "sft", "rl", "quantize", "evaluate"})
@@ -247,6 +248,7 @@ class Deployment(Section):
     stages: dict[str, str] = setting({}, "stage -> pool")
     queues: dict[Name, Queue] = setting({}, "name -> quota")
     labels: dict[Literal["team", "project", "cost-center"], LabelValue] = setting({}, "k2.dev/<name> of every pod")
+    preset: Name | None = setting(None, "the one preset that runs may have, and k2.dev/preset of every pod; null: any")
     kubeflow: Kubeflow = setting(Kubeflow(), "the Kubeflow Pipelines install")
     network: Network = setting(Network(), "CA bundle and proxies")
     identity: Identity = setting(Identity(), "who containers run as")
@@ -280,10 +282,14 @@ class Deployment(Section):
             secrets={name: s for name, s in sorted(self.secrets.items()) if not s.stages or task in s.stages},
             network=self.network,
             identity=self.identity,
-            labels={f"k2.dev/{name}": value for name, value in self.labels.items()} | {"k2.dev/stage": task},
+            labels=self._labels() | {"k2.dev/stage": task},
             budget=self.budget,
             costs=self.costs() if self.budget else {},
         )
+
+    def _labels(self) -> dict[str, str]:
+        known = {f"k2.dev/{name}": value for name, value in self.labels.items()}
+        return known | ({"k2.dev/preset": self.preset} if self.preset else {})
 
     def costs(self) -> dict[str, float]:
         """Stage -> what an hour of it costs, where that is more than nothing."""
@@ -300,6 +306,8 @@ class Deployment(Section):
         for field, named in uses.items():
             if named not in self.pools:
                 yield f"{field}: there is no pool {named!r}; the pools are {', '.join(self.pools)}"
+        if self.preset not in (None, *preset_names()):
+            yield f"preset: {self.preset!r} is unknown; the presets are {', '.join(preset_names())}"
         for name, pool in self.pools.items():
             if pool.image not in self.images:
                 yield f"pools.{name}.image: there is no image {pool.image!r}; the images are {', '.join(self.images)}"

@@ -18,7 +18,7 @@ from k2.execution.runner import Outcome, execute
 from k2.masking import install, masked
 from k2.monitoring.events import progress_for
 from k2.monitoring.run_record import write_stage_record
-from k2.platform.pods import JOBS_VARIABLE
+from k2.platform.pods import JOBS_VARIABLE, PRESET_VARIABLE
 from k2.processes import end_with_run
 from k2.store.artifacts import Artifact, Manifest
 from k2.store.client import Store
@@ -32,7 +32,10 @@ CLEANUP_S = 120.0
 def resolve_config(preset: str, overrides: str, run: str) -> str:
     """The validated configuration as one JSON string; ends the process with code 2 when it is not valid."""
     end_with_run()
+    only = os.environ.get(PRESET_VARIABLE, preset)
     try:
+        if preset != only:
+            raise UserError(f"preset: {preset!r} is not {only!r}, the only one that the deployment file allows")
         config = load_config(preset, parse_document(overrides, "overrides") | {"run": run})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,7 +54,7 @@ def run_component(stage: str, config_json: str, artifact: Any, metrics: Any, **i
     config = validate(json.loads(config_json))
     opened = {name: Path(each.path).read_text() for name, each in inputs.items()}
     try:
-        outcome = recorded(stage, getattr(config, stage), opened, config.run)
+        outcome = recorded(stage, getattr(config, stage), opened, config.run, preset=config.preset)
     except SystemExit:
         _publish_pages(config.run, config.preset, "failed")
         raise
@@ -101,20 +104,22 @@ def _delete_jobs(run: str) -> None:
         log.error("jobs of %s are left to their deadlines: %s", run, error)
 
 
-def recorded(stage: str, config: Section, manifests: Mapping[str, str], run: str, label: str | None = None) -> Outcome:
+def recorded(
+    stage: str, config: Section, manifests: Mapping[str, str], run: str, label: str | None = None, preset: str = ""
+) -> Outcome:
     """Execute a stage and keep its state in the run's record, whatever happens.
 
-    `label` names it there, in a run that has the same stage several times.
+    `label` names it there, in a run that has the same stage several times; `preset` is written on jobs.
     """
     end_with_run()
     install()
     name, store = label or stage, Store.from_environment()
-    progress = progress_for(name)
+    progress = progress_for(name, run)
     progress.event("stage_started")
     write_stage_record(store, run, {"stage": name, "status": "running"})
     try:
         inputs = {name: Artifact(store, Manifest.model_validate_json(text)) for name, text in manifests.items()}
-        outcome = execute(stage, config, inputs, store, progress, run)
+        outcome = execute(stage, config, inputs, store, progress, run, preset)
     except BaseException as error:
         write_stage_record(store, run, {"stage": name, "status": "failed", "error": describe(error)})
         progress.event("stage_finished", status="failed", error=describe(error)["message"])

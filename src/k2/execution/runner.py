@@ -42,11 +42,12 @@ def execute(
     store: Store,
     progress: Progress,
     run: str = "",
+    preset: str = "",
 ) -> Outcome:
     """Return the stage's artifact, making it only when it is not there yet or no longer intact.
 
-    A task of a pool that launches jobs (`K2_LAUNCH` is set) has a job of run `run` make it. Of several ranks under
-    torchrun the first one does all this, and the others take part in the work.
+    A task of a pool that launches jobs (`K2_LAUNCH` is set) has a job of run `run` make it, marked with `preset`. Of
+    several ranks under torchrun the first one does all this, and the others take part in the work.
 
     Raises:
         UserError: bad input; the message says what to change.
@@ -65,7 +66,7 @@ def execute(
         if done is not None:
             return _cached(done, started)
         if os.environ.get(LAUNCH_VARIABLE):
-            artifact = _launched(stage, config, inputs, store, progress, run, key)
+            artifact = _launched(stage, config, inputs, store, progress, run, preset, key)
             return Outcome(artifact, artifact.statistics, False, time.monotonic() - started)
 
     def published(holder: Holder) -> bool:
@@ -94,13 +95,14 @@ def _launched(
     store: Store,
     progress: Progress,
     run: str,
+    preset: str,
     key: str,
 ) -> Artifact:
     from k2.launch.launcher import launch
     from k2.launch.work import Work
 
     uris = {name: artifact.uri for name, artifact in sorted(inputs.items())}
-    work = Work(run=run, stage=stage, config=config.model_dump(mode="json"), inputs=uris, key=key)
+    work = Work(run=run, preset=preset, stage=stage, config=config.model_dump(mode="json"), inputs=uris, key=key)
     return launch(work, os.environ[LAUNCH_VARIABLE], store, progress)
 
 

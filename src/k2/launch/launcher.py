@@ -22,13 +22,13 @@ from k2.launch.pod import CONTAINER
 from k2.launch.trainjob import TrainJob
 from k2.launch.work import Work
 from k2.platform.guard import DAY_S, spending
-from k2.platform.pods import POD_VARIABLE
+from k2.platform.pods import POD_VARIABLE, PRESET_LABEL, RUN_LABEL
 from k2.store.artifacts import Artifact, find
 from k2.store.client import Store
 
 BACKENDS: dict[str, Backend] = {"job": IndexedJob(), "trainjob": TrainJob()}
 
-RUN, KEY, ATTEMPT = "k2.dev/run", "k2.dev/key", "k2.dev/attempt"
+RUN_NAME, KEY, ATTEMPT = "k2.dev/run-name", "k2.dev/key", "k2.dev/attempt"
 POLL_S = 5.0
 FLUSH_S = 30.0
 ADMISSION_S = 60.0
@@ -123,14 +123,14 @@ class Launcher:
         for _ in range(CREATIONS):
             for job in self.cluster.list(self.backend.kind, {KEY: work.key[:63]}):
                 name, number = str(job["metadata"]["name"]), int(job["metadata"]["labels"][ATTEMPT])
-                if self._usable(job, work, self._job(work, number), workflow):
+                if self._usable(job, work, self._job(work, number, workflow), workflow):
                     backend.complete(self.cluster, self.backend, job)
                     self.progress.event("job_adopted", job=name)
                     return job
                 self.delete(name)
                 attempt = max(attempt, number + 1)
             self._require_budget()
-            body = backend.owned(self._job(work, attempt), workflow)
+            body = backend.owned(self._job(work, attempt, workflow), workflow)
             try:
                 job = backend.create(self.cluster, self.backend, body)
             except ClusterError as error:
@@ -153,7 +153,7 @@ class Launcher:
             return False
         mine = (theirs or {}).get("uid") == (workflow or {}).get("uid")
         if not mine and not status.state.ended and self._alive(theirs):
-            run = job["metadata"]["labels"].get(RUN, "")
+            run = job["metadata"]["labels"].get(RUN_NAME, "")
             raise UserError(
                 f"{name}: run {run!r} is making the same now; wait for it and run this one again, or cancel it"
             )
@@ -170,13 +170,14 @@ class Launcher:
             return False
         return workflow.get("status", {}).get("phase") not in ended
 
-    def _job(self, work: Work, attempt: int) -> Object:
+    def _job(self, work: Work, attempt: int, workflow: Object | None) -> Object:
         """The job that makes some work."""
         here, pool = self.here, self.here.pool
         name = f"k2-{work.stage}-{work.key[:10]}-{attempt}"
         app = application(name, here, ["k2.launch.rank", work.location], {"K2_RUN": work.run})
-        marks = {RUN: label_value(work.run), KEY: work.key[:63], ATTEMPT: str(attempt)}
-        app.metadata |= marks
+        app.metadata |= {RUN_LABEL: run_label(work.run, workflow), RUN_NAME: run_label(work.run, None)}
+        app.metadata |= {KEY: work.key[:63], ATTEMPT: str(attempt)}
+        app.metadata |= {PRESET_LABEL: work.preset} if work.preset else {}
         waiting = 0 if pool.queue else here.queue_timeout_s
         runtime = (pool.runtime.kind, pool.runtime.name)
         terms = Terms(self.cluster.namespace, pool.queue, here.timeout_s + waiting, runtime)
@@ -285,7 +286,7 @@ def delete_live_jobs(cluster: Cluster, run: str, kinds: Iterable[str]) -> list[s
     """Delete the jobs of a run that work or wait, of this workflow's only where it is known; returns their names."""
     workflow, deleted = owner(cluster), []
     for backend_of_kind in (BACKENDS[kind] for kind in kinds):
-        for job in cluster.list(backend_of_kind.kind, {RUN: label_value(run)}):
+        for job in cluster.list(backend_of_kind.kind, {RUN_LABEL: run_label(run, workflow)}):
             theirs = backend.owner_of(job)
             ours = workflow is None or (theirs or {}).get("uid") == workflow["uid"]
             if ours and not backend_of_kind.status(job).state.ended:
@@ -305,9 +306,9 @@ def owner(cluster: Cluster) -> Object | None:
     return None
 
 
-def label_value(text: str) -> str:
-    """A text as the value of a label."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", text)[:63].strip("._-")
+def run_label(run: str, workflow: Object | None) -> str:
+    """The run as a label: the workflow's name, as on the pods of its steps; outside a workflow the run's own name."""
+    return str(workflow["name"]) if workflow else re.sub(r"[^A-Za-z0-9._-]", "-", run)[:63].strip("._-")
 
 
 def _explained(status: Status, pod: Object | None) -> Status:

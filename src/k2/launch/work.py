@@ -20,6 +20,7 @@ class Work(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: str
+    preset: str = ""
     stage: str
     config: dict[str, Any]
     inputs: dict[str, str]

@@ -221,15 +221,15 @@ class Nowhere:
         """Forget it."""
 
 
-def progress_for(stage: str) -> StageProgress:
+def progress_for(stage: str, run: str = "") -> StageProgress:
     """The progress this process should use: the file in `K2_EVENTS`, else a terminal, else a line per 10 s.
 
-    `K2_RUN` names the run in metrics; `K2_METRICS_PORT` serves them. Ranks but the first say nothing.
+    `run`, or else `K2_RUN`, names the run in metrics; `K2_METRICS_PORT` serves them. Ranks but the first say nothing.
     """
     if rank() > 0:
         return StageProgress(stage, Nowhere())
     serve_from_environment()
-    run, path = os.environ.get("K2_RUN", ""), os.environ.get("K2_EVENTS")
+    run, path = run or os.environ.get("K2_RUN", ""), os.environ.get("K2_EVENTS")
     if path:
         return StageProgress(stage, EventLog(Path(path)), run=run)
     if sys.stderr.isatty():

@@ -23,6 +23,13 @@ METRICS_PORT = 9464
 
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 
+RUN_LABEL, PRESET_LABEL = "k2.dev/run", "k2.dev/preset"
+WORKFLOW_NAME = "{{workflow.name}}"
+"""`RUN_LABEL` of a step: Labels reach Argo as arguments of a template, which it fills in; jobs get the same."""
+
+PRESET_VARIABLE = "K2_ONLY_PRESET"
+"""The one preset of a deployment's runs: the label is written when the pipeline is rendered, so it must be true."""
+
 
 def secret_variables(here: Placement) -> dict[str, dict[str, str]]:
     """Secret -> key -> environment variable."""

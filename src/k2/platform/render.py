@@ -126,6 +126,8 @@ def render(pipeline: str, deployment: Deployment) -> Rendering:
         )
         built = dsl.pipeline(name=pipeline, description=about, pipeline_config=limits)(local.pipeline_func)
     spec = MessageToDict(built.pipeline_spec)
+    if deployment.preset:
+        spec["root"]["inputDefinitions"]["parameters"]["preset"]["defaultValue"] = deployment.preset
     _turn_caches_off(spec)
     return Rendering(pipeline, about, spec, MessageToDict(built.platform_spec))
 
