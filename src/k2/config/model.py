@@ -6,9 +6,9 @@ from pydantic import model_validator
 
 from k2.config.base import Section, setting
 
-Recompute = Literal["layers", "norms", "mla_up_projections", "mlp_up_projections"]
+Recompute = Literal["layers", "norms", "mla_up_projections", "attention_probabilities", "mlp_up_projections"]
 """What the backward pass computes again instead of keeping it: whole layers; outputs of norms; queries, keys and values
-of every head; gate and up of dense, shared and routed experts."""
+of every head; the attention's softmax; gate and up of dense, shared and routed experts."""
 
 
 class RopeScaling(Section):

@@ -36,6 +36,13 @@ class PretrainConfig(StageSection):
     recompute: tuple[Recompute, ...] = setting(
         (), "what the backward pass computes again instead of keeping it; changes no bit", semantic=False
     )
+    fp8_storage: bool = setting(
+        False,
+        "keep inputs of MoE up-projections and SwiGLU for the backward pass as FP8 E4M3, a scale for 128 values",
+    )
+    offload_activations: bool = setting(
+        False, "keep what else the backward pass needs on the host; changes no bit", semantic=False
+    )
     heldout_tokens: int = setting(4_194_304, "held-out tokens that the loss is measured on", ge=8)
     curve_points: int = setting(400, "points of the report's curves at most", ge=1)
     checkpoint_interval: int = setting(100, "steps between checkpoints", semantic=False, ge=1)

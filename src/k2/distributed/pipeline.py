@@ -97,7 +97,7 @@ def layers_of_mine(config: ModelConfig, mesh: Mesh) -> list[range]:
 def _slice_of(model: Transformer, layers: range) -> Transformer:
     """Neighbouring layers of a model, the very same modules."""
     with torch.device("meta"):
-        part = Transformer(model.config, compute_dtype=model.compute_dtype, layers=layers, recompute=model.recompute)
+        part = Transformer(model.config, compute_dtype=model.compute_dtype, layers=layers)
     for name, _ in list(part.named_children()):
         setattr(part, name, getattr(model, name))
     part.layers = nn.ModuleDict({str(layer): model.layers[str(layer)] for layer in layers})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from k2.model.recompute import Call, plain_call
+from k2.model.activations import Call, Keep, keep_it, plain_call
 
 BLOCK_VALUES = 2**17  # values an activation widens to float32 at once: 512 KiB stay in a core's own cache
 
@@ -135,13 +135,13 @@ def gated_backward(grad_NF: Tensor, gate_up_NG: Tensor, scale_N: Tensor) -> tupl
 
 
 class _GatedMLP(torch.autograd.Function):
-    """Keeps its input and, with `keep`, the fused gate and up; the rest is computed again."""
+    """Keeps its input and what `keep` leaves of the fused gate and up; the rest is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, gate_up_GD: Tensor, down_DF: Tensor, keep: bool) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, gate_up_GD: Tensor, down_DF: Tensor, keep: Keep) -> Tensor:
         gate_up_NG = x_ND @ gate_up_GD.T
         ones_N = torch.ones(len(x_ND), dtype=upcast(x_ND[:0]).dtype, device=x_ND.device)
-        ctx.save_for_backward(x_ND, gate_up_GD, down_DF, ones_N, gate_up_NG if keep else None)
+        ctx.save_for_backward(x_ND, gate_up_GD, down_DF, ones_N, keep(gate_up_NG))
         return gated(gate_up_NG, ones_N) @ down_DF.T
 
     @staticmethod
@@ -160,7 +160,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up_proj = Linear(hidden, 2 * width)
         self.down_proj = Linear(width, hidden)
-        self.keep_gate_up = True
+        self.keep_gate_up: Keep = keep_it
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

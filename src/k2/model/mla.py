@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from k2.config.model import ModelConfig
+from k2.model.activations import Call, Keep, keep_it, plain_call
 from k2.model.layers import Linear, RMSNorm, upcast
-from k2.model.recompute import Call, plain_call
 from k2.model.rope import rotary_tables, rotate, softmax_scale, turned, turned_back, turns
 
 LATENT_NORM_EPS = 1e-6  # fixed in the reference implementation, whatever rms_norm_eps says
@@ -97,33 +97,36 @@ class _Heads(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """Causal attention by blocks of queries, each against the keys up to its end only."""
+    """Causal attention by blocks of queries, each against the keys up to its end only.
+
+    Keeps its inputs and what `keep` leaves of the probabilities; the rest is computed again.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q_BHLX: Tensor, k_BHLX: Tensor, v_BHLV: Tensor, bias_BLL: Tensor | None, scale: float
+        ctx: Any, q_BHLX: Tensor, k_BHLX: Tensor, v_BHLV: Tensor, bias_BLL: Tensor | None, scale: float, keep: Keep
     ) -> tuple[Tensor, Tensor]:
         output_BLHV = v_BHLV.new_empty([*v_BHLV.transpose(1, 2).shape])
         row_max_BHL, kept = upcast(q_BHLX[:0]).new_empty(q_BHLX.shape[:3]), []
         for start, stop in _blocks(q_BHLX.shape[2]):
-            logits_NQK = _product(q_BHLX[:, :, start:stop], k_BHLX[:, :, :stop].mT, scale)
-            wide = upcast(logits_NQK)  # maximum and softmax of float32 are faster than those of bfloat16
-            _mask(wide.view(*q_BHLX.shape[:2], stop - start, stop), bias_BLL, start)
-            torch.amax(wide, -1, out=row_max_BHL.flatten(0, 1)[:, start:stop])
-            kept.append(logits_NQK.copy_(torch.softmax(wide, -1, out=wide)))
-            mixed = torch.bmm(kept[-1], v_BHLV[:, :, :stop].flatten(0, 1))
+            probabilities, row_max = _probabilities(q_BHLX, k_BHLX, bias_BLL, scale, start, stop)
+            row_max_BHL.flatten(0, 1)[:, start:stop] = row_max
+            mixed = torch.bmm(probabilities, v_BHLV[:, :, :stop].flatten(0, 1))
             output_BLHV[:, start:stop] = mixed.view_as(v_BHLV[:, :, start:stop]).transpose(1, 2)
-        ctx.scale = scale
+            kept.append(keep(probabilities))
+        ctx.bias_BLL, ctx.scale = bias_BLL, scale
         ctx.save_for_backward(q_BHLX, k_BHLX, v_BHLV, *kept)
         ctx.mark_non_differentiable(row_max_BHL)
         return output_BLHV, row_max_BHL
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BLHV: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_BLHV: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q_BHLX, k_BHLX, v_BHLV, *kept = ctx.saved_tensors
         grad_q, grads_k, grads_v = torch.empty_like(q_BHLX), [], []
         for (start, stop), probabilities in zip(_blocks(q_BHLX.shape[2]), kept, strict=True):
+            if probabilities is None:
+                probabilities, _ = _probabilities(q_BHLX, k_BHLX, ctx.bias_BLL, ctx.scale, start, stop)
             grad_NQV = grad_BLHV[:, start:stop].transpose(1, 2).flatten(0, 1)
             grad_p = torch.bmm(grad_NQV, v_BHLV[:, :, :stop].flatten(0, 1).mT)
             grad_logits = torch._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
@@ -131,7 +134,18 @@ class _Attention(torch.autograd.Function):
             grads_v.append(torch.bmm(probabilities.mT, grad_NQV))
             grads_k.append(_product(grad_logits.mT, q_BHLX[:, :, start:stop], ctx.scale))
         grad_k, grad_v = _overlapping_sum(grads_k).view_as(k_BHLX), _overlapping_sum(grads_v).view_as(v_BHLV)
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k, grad_v, None, None, None
+
+
+def _probabilities(
+    q_BHLX: Tensor, k_BHLX: Tensor, bias_BLL: Tensor | None, scale: float, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Attention [N, Q, K] of the queries `start` to `stop`, N batch and heads, and the largest logit [N, Q] of each."""
+    logits_NQK = _product(q_BHLX[:, :, start:stop], k_BHLX[:, :, :stop].mT, scale)
+    wide = upcast(logits_NQK)  # maximum and softmax of float32 are faster than those of bfloat16
+    _mask(wide.view(*q_BHLX.shape[:2], stop - start, stop), bias_BLL, start)
+    row_max_NQ = wide.amax(-1)
+    return logits_NQK.copy_(torch.softmax(wide, -1, out=wide)), row_max_NQ
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
@@ -165,13 +179,15 @@ def _overlapping_sum(parts: list[Tensor]) -> Tensor:
 
 
 def attend(
-    q_BHLX: Tensor, k_BHLX: Tensor, v_BHLV: Tensor, scale: float, context: AttentionContext
+    q_BHLX: Tensor, k_BHLX: Tensor, v_BHLV: Tensor, scale: float, context: AttentionContext, keep: Keep = keep_it
 ) -> tuple[Tensor, Tensor]:
     """Attention output [B, L, H, V] and the largest logit that reached each head's softmax, [H].
 
-    Logits include the scale; masked pairs and padding rows do not count.
+    Logits include the scale; masked pairs and padding rows do not count. `keep` says what the backward pass is left
+    of the probabilities.
     """
-    output_BLHV, row_max_BHL = _Attention.apply(q_BHLX, k_BHLX, v_BHLV, context.bias_BLL, scale)  # type: ignore[no-untyped-call]
+    inputs = q_BHLX, k_BHLX, v_BHLV, context.bias_BLL, scale, keep
+    output_BLHV, row_max_BHL = _Attention.apply(*inputs)  # type: ignore[no-untyped-call]
     if context.keep_BL is not None:
         row_max_BHL = row_max_BHL.masked_fill(~context.keep_BL[:, None, :], -torch.inf)
     return output_BLHV, row_max_BHL.amax((0, 2))
@@ -196,6 +212,7 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(config.kv_lora_rank, heads * (config.qk_nope_head_dim + config.v_head_dim))
         self.o_proj = Linear(heads * config.v_head_dim, hidden)
         self.call: Call = plain_call
+        self.keep_probabilities: Keep = keep_it
 
     def query_latents(self, x_BLD: Tensor) -> Tensor:
         """What queries are projected from: the normed latent, or `x_BLD` itself without a latent rank."""
@@ -227,7 +244,7 @@ class LatentAttention(nn.Module):
         """`forward` for latents that the caller has already computed, and perhaps kept."""
         turn = turns(context.cos_BLR, context.sin_BLR)[:, :, None]
         q, k, v = self.call(self._heads, self.query_latents(x_BLD), latent_BLK, k_rotary_BLR, turn)
-        output_BLHV, max_H = attend(q, k, v, self.scale, context)
+        output_BLHV, max_H = attend(q, k, v, self.scale, context, self.keep_probabilities)
         return self.o_proj(output_BLHV.flatten(2)), max_H
 
     def _heads(

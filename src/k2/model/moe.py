@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from k2.config.model import ModelConfig
+from k2.model.activations import Keep, keep_it
 from k2.model.layers import GatedMLP, gated, gated_backward, upcast
 from k2.model.layout import routed_scaling
 
@@ -33,6 +34,22 @@ class Routing:
     scores_TE: Tensor
 
 
+class _RouterLogits(torch.autograd.Function):
+    """A product in at least float32 that keeps its input as it is, not widened."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        return F.linear(upcast(x_TD), upcast(weight_ED))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight_ED = ctx.saved_tensors
+        grad_x_TD, grad_weight_ED = grad_TE @ upcast(weight_ED), grad_TE.T @ upcast(x_TD)
+        return grad_x_TD.to(x_TD.dtype), grad_weight_ED.to(weight_ED.dtype)
+
+
 class Router(nn.Module):
     """Sigmoid scores in float32; a bias that no gradient reaches takes part in the choice only."""
 
@@ -47,7 +64,7 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Choose S experts per token."""
-        scores_TE = F.linear(upcast(x_TD), upcast(self.weight)).sigmoid()
+        scores_TE = _RouterLogits.apply(x_TD, self.weight).sigmoid()  # type: ignore[no-untyped-call]
         experts_TS = self._choose(scores_TE.detach() + self.e_score_correction_bias)
         weights_TS = scores_TE.gather(1, experts_TS)
         if self.config.norm_topk_prob:
@@ -153,13 +170,13 @@ def _weight_gradient(grad: Tensor, rows: Tensor, counts: list[int], result: Tens
 class _RoutedExperts(torch.autograd.Function):
     """Every token's weighted sum of its experts' outputs, a few experts at a time, so that rows stay in cache.
 
-    Keeps its inputs and, with `keep`, the fused gate and up of every row. Weights are cast when used. Sums over a
-    token's rows have a fixed order, where index_add would not.
+    Keeps its inputs and what `keep` leaves of the fused gate and up of every row. Weights are cast when used. Sums over
+    a token's rows have a fixed order, where index_add would not.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_TS: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, blocks: Blocks, keep: bool
+        ctx: Any, x_TD: Tensor, weights_TS: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, blocks: Blocks, keep: Keep
     ) -> Tensor:
         scale_N = weights_TS.flatten()[blocks.source_N]
         gate_up_NG = x_TD.new_empty(len(scale_N), gate_up_EGD.shape[1])
@@ -171,7 +188,7 @@ class _RoutedExperts(torch.autograd.Function):
             inner = gated(gate_up, scale_N[group.rows])
             _multiply(inner, down_EDF[group.experts].mT, group.counts, output_ND[group.rows])
         ctx.blocks = blocks
-        ctx.save_for_backward(x_TD, scale_N, gate_up_EGD, down_EDF, gate_up_NG if keep else None)
+        ctx.save_for_backward(x_TD, scale_N, gate_up_EGD, down_EDF, keep(gate_up_NG))
         return F.embedding_bag(blocks.slots_TS, output_ND, mode="sum")
 
     @staticmethod
@@ -208,10 +225,12 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
         self.weight_transform: WeightTransform | None = None
-        self.keep_gate_up = True
+        self.keep_input: Keep = keep_it
+        self.keep_gate_up: Keep = keep_it
 
     def forward(self, x_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor) -> Tensor:
         """Weighted sum of the chosen experts' outputs, [T, D]."""
+        self.keep_input(x_TD)
         blocks = arrange(experts_TS, self.gate_up_proj.shape[0])
         parameters = self.gate_up_proj, self.down_proj
         transform = self.weight_transform
@@ -248,9 +267,11 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(config.n_routed_experts, hidden, width)
         self.shared_experts = GatedMLP(hidden, width * config.n_shared_experts) if config.n_shared_experts else None
         self.dispatch: Dispatcher = local_dispatch
+        self.keep_input: Keep = keep_it
 
     def forward(self, x_BLD: Tensor) -> tuple[Tensor, Routing]:
         """[B, L, D] -> [B, L, D], and the routing for statistics and the balance loss."""
+        self.keep_input(x_BLD)
         x_TD = x_BLD.flatten(0, 1)
         routing = self.gate(x_TD)
         routed = self.dispatch(x_TD, routing, self.experts)

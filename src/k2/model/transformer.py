@@ -4,10 +4,9 @@ Letters in shapes: B batch, L length, D hidden, H heads, E experts, V vocabulary
 """
 
 from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +14,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from k2.config.model import ModelConfig, Recompute
+from k2.model.activations import Activations, drop_it
 from k2.model.layers import GatedMLP, Linear, RMSNorm
 from k2.model.loss import token_log_probs
 from k2.model.mla import AttentionContext, LatentAttention, attention_context
 from k2.model.moe import Experts, MixtureOfExperts, Routing, WeightTransform, balance_loss
-from k2.model.recompute import Recomputation
+from k2.model.offload import Offload
 
 
 @dataclass(frozen=True)
@@ -37,33 +37,50 @@ class Statistics:
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """Pre-norm attention and MLP, each added to the residual stream; what they leave behind is up to `activations`."""
 
-    def __init__(self, config: ModelConfig, layer: int, recompute: Collection[Recompute] = ()) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = LatentAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         dense = layer < config.first_k_dense_replace
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config)
-        self._recomputation: AbstractContextManager[None] = self._switch(recompute) if recompute else nullcontext()
+        self._activations: Activations | None = None
+        self._whole = False
 
-    def _switch(self, recompute: Collection[Recompute]) -> Recomputation:
-        recomputation = Recomputation()
-        for module in self.modules():
+    def keep_less(
+        self, recompute: Collection[Recompute], fp8_storage: bool, offload: Offload | None, before: Activations | None
+    ) -> Activations:
+        """Save memory from here on; `before` is what this returned for the layer before."""
+        self._activations = memory = Activations(offload, before)
+        self._whole = "layers" in recompute
+        for module in () if self._whole else self.modules():
             if isinstance(module, RMSNorm) and "norms" in recompute:
-                module.call = recomputation.call
+                module.call = memory.call
             if isinstance(module, LatentAttention) and "mla_up_projections" in recompute:
-                module.call = recomputation.call
-            if isinstance(module, GatedMLP | Experts):
-                module.keep_gate_up = "mlp_up_projections" not in recompute
-        return recomputation
+                module.call = memory.call
+            if isinstance(module, LatentAttention) and "attention_probabilities" in recompute:
+                module.keep_probabilities = drop_it
+            if isinstance(module, MixtureOfExperts | Experts) and fp8_storage:
+                module.keep_input = memory.compress
+            if isinstance(module, GatedMLP | Experts) and fp8_storage:
+                module.keep_gate_up = memory.compress
+            if isinstance(module, GatedMLP | Experts) and "mlp_up_projections" in recompute:
+                module.keep_gate_up = drop_it
+        return memory
 
     def forward(self, x_BLD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Routing | None]:
         """New residual stream, largest logit per head [H], and the routing of an MoE layer."""
-        with self._recomputation:
-            attended, max_H = self.self_attn(self.input_layernorm(x_BLD), context)
-            x_BLD, routing = self.feed_forward(x_BLD + attended)
+        with nullcontext() if self._activations is None else self._activations.around(self.parameters()):
+            # Statistics are returned, not stored: a recomputed layer cannot count its tokens twice.
+            if self._whole and torch.is_grad_enabled():
+                return checkpoint(partial(self._block, context=context), x_BLD, use_reentrant=False)
+            return self._block(x_BLD, context)
+
+    def _block(self, x_BLD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Routing | None]:
+        attended, max_H = self.self_attn(self.input_layernorm(x_BLD), context)
+        x_BLD, routing = self.feed_forward(x_BLD + attended)
         return x_BLD, max_H, routing
 
     def feed_forward(self, x_BLD: Tensor) -> tuple[Tensor, Routing | None]:
@@ -79,7 +96,8 @@ class Transformer(nn.Module):
     """The model, or the slice `layers` of it: the first slice embeds, the last one has the final norm and head.
 
     Weights keep the precision they have (float32 masters by default); `compute_dtype` is what activations and
-    matrix products use. `recompute` names what the backward pass computes again instead of keeping it.
+    matrix products use. For the backward pass `recompute` names what is computed again instead of kept, `fp8_storage`
+    keeps the inputs of MoE up-projections and SwiGLU as FP8, `offload_activations` keeps what is left on the host.
     """
 
     def __init__(
@@ -89,16 +107,21 @@ class Transformer(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         layers: range | None = None,
         recompute: Collection[Recompute] = (),
+        fp8_storage: bool = False,
+        offload_activations: bool = False,
     ) -> None:
         super().__init__()
         numbers = range(config.num_hidden_layers) if layers is None else layers
-        self.config, self.compute_dtype, self.recompute = config, compute_dtype, recompute
+        self.config, self.compute_dtype = config, compute_dtype
         self.embed_tokens = Linear(config.hidden_size, config.vocab_size) if numbers.start == 0 else None
-        parts = () if "layers" in recompute else recompute
-        self.layers = nn.ModuleDict({str(number): DecoderLayer(config, number, parts) for number in numbers})
+        self.layers = nn.ModuleDict({str(number): DecoderLayer(config, number) for number in numbers})
         last = numbers.stop == config.num_hidden_layers
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else None
         self.lm_head = Linear(config.hidden_size, config.vocab_size) if last else None
+        self.offload = Offload() if offload_activations else None
+        before = None
+        for layer in self.layers.values() if recompute or fp8_storage or offload_activations else ():
+            before = layer.keep_less(recompute, fp8_storage, self.offload, before)
 
     def initialize(self, seed: int) -> "Transformer":
         """Draw every matrix from N(0, initializer_range^2); norms stay one and selection biases zero."""
@@ -127,7 +150,7 @@ class Transformer(nn.Module):
         context = attention_context(self.config, x_BLD[..., 0], self.compute_dtype, positions_BL, documents_BL, keep_BL)
         maxima, routings = [], []
         for layer in self.layers.values():
-            x_BLD, max_H, routing = self._run(layer, x_BLD, context)
+            x_BLD, max_H, routing = layer(x_BLD, context)
             maxima.append(max_H)
             routings += [routing] if routing is not None else []
         statistics = self._statistics(maxima, routings, x_BLD.shape[0] if with_balance_loss else None)
@@ -137,12 +160,6 @@ class Transformer(nn.Module):
         """Tokens [B, L] to the residual stream [B, L, D]."""
         assert self.embed_tokens is not None
         return F.embedding(tokens_BL, self.embed_tokens.weight).to(self.compute_dtype)
-
-    def _run(self, layer: nn.Module, x_BLD: Tensor, context: AttentionContext) -> Any:
-        # Statistics are returned, not stored: a recomputed layer cannot count its tokens twice.
-        if "layers" in self.recompute and torch.is_grad_enabled():
-            return checkpoint(partial(layer, context=context), x_BLD, use_reentrant=False)
-        return layer(x_BLD, context)
 
     def _statistics(self, maxima: list[Tensor], routings: list[Routing], sequences: int | None) -> Statistics:
         experts = self.config.n_routed_experts

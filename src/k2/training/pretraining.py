@@ -133,7 +133,13 @@ def _problem(config: PretrainConfig, layouts: Mapping[int, Layout], ranks: int) 
 def build(config: PretrainConfig, mesh: Mesh | None = None) -> tuple[TrainState, ParallelPlan]:
     """A freshly initialised model with its optimizer, or a rank's part of both."""
     dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    model = Transformer(config.model, compute_dtype=dtype, recompute=config.recompute).initialize(config.seed)
+    model = Transformer(
+        config.model,
+        compute_dtype=dtype,
+        recompute=config.recompute,
+        fp8_storage=config.fp8_storage,
+        offload_activations=config.offload_activations,
+    ).initialize(config.seed)
     history = History(interval=-(-config.steps // config.curve_points))
     if mesh is not None:
         plan = DistributedPlan(mesh, model)
