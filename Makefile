@@ -37,13 +37,13 @@ test-distributed: $(READY) ## training over 2, 4 and 8 ranks against one process
 	OMP_NUM_THREADS=1 K2_ALL_RANKS=1 $(BIN)/pytest -s tests/distributed tests/stages/test_pretrain_ranks.py
 
 e2e: $(READY) ## the CPU image, and the DAG in containers of it; needs root on Debian 12
-	image=$$($(BIN)/python -m tests.e2e_containers.prepare) && \
-	K2_E2E=containers K2_IMAGE=$$image $(BIN)/pytest tests/e2e_containers tests/images
+	images=$$($(BIN)/python -m tests.e2e_containers.prepare) && \
+	env $$images K2_E2E=containers $(BIN)/pytest tests/e2e_containers tests/images
 
 e2e-k8s: $(READY) ## a real Kubernetes 1.20 with the platform and jobs on it; the same, and 12 CPU minutes once
 	$(BIN)/python -m tests.e2e_k8s.build
-	image=$$($(BIN)/python -m tests.e2e_containers.prepare) && \
-	K2_E2E=k8s K2_IMAGE=$$image $(BIN)/pytest tests/e2e_k8s
+	images=$$($(BIN)/python -m tests.e2e_containers.prepare) && \
+	env $$images K2_E2E=k8s $(BIN)/pytest tests/e2e_k8s
 
 tools: $(READY) ## fetch kubectl, helm, hadolint and promtool, with which more tests run
 	$(BIN)/python manifests/tools.py
@@ -60,9 +60,10 @@ format: $(READY) ## put the code into its canonical form
 compile: $(READY) ## render the pipelines for Kubeflow into pipelines/compiled
 	$(BIN)/k2 pipeline compile --deployment pipelines/deployments/gpu.yaml --revision 0000000000000000000000000000000000000000 --out pipelines/compiled
 
-images: ## the CPU and the GPU image, with docker, podman or buildah
+images: ## the CPU and the GPU image and the store's, with docker, podman or buildah
 	$(PYTHON) images/build.py cpu
 	$(PYTHON) images/build.py gpu
+	$(PYTHON) images/build.py store
 
 bench: $(READY) ## all benchmarks
 	for topic in $$($(BIN)/k2 bench | grep -v gpu); do $(BIN)/k2 bench $$topic; done

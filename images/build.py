@@ -3,6 +3,7 @@
     python images/build.py cpu                        localhost/k2/cpu:<tag>, the tag made from what goes in
     python images/build.py cpu --offline              wheels made on this machine; the build itself has no network
     python images/build.py cpu --offline --base debian     on a base made from this machine's own Debian packages
+    python images/build.py store                      the object store inside a cluster, by the same options
 
 Prints the image's name. An image that is there already is not built again.
 """
@@ -18,29 +19,53 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 CACHE = Path.home() / ".cache" / "k2" / "images"
 LOCKS = ("requirements.lock", "requirements-nodeps.lock", "pyproject.toml")
-CONTEXT = (*LOCKS, "README.md", "LICENSE", "src", "components", "pipelines", "images/finish.py")
+STAGES = (*LOCKS, "README.md", "LICENSE", "src", "components", "pipelines", "images/finish.py")
+CONTEXT = {"cpu": STAGES, "gpu": STAGES, "store": ("requirements.lock",)}
+"""Kind of image -> what goes in."""
 PACKAGES = "ca-certificates,git,python3"
 BUILD_PACKAGES = "binutils,ca-certificates,python3,python3-pip,python3-venv"
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
-LEFT_OUT = ("/usr/share/man/*", "/usr/share/locale/*", "/usr/share/doc/*")
+SHARED = ("bash-completion", "doc", "gitweb", "info", "lintian", "locale", "man")
+LEFT_OUT = tuple(f"/usr/share/{name}/*" for name in SHARED)
+LIBRARIES = (
+    *(
+        "apt",
+        "curl-gnutls",
+        "db",
+        "gcrypt",
+        "gnutls",
+        "hogweed",
+        "idn2",
+        "ldap",
+        "nettle",
+        "nghttp2",
+        "p11-kit",
+        "perl",
+    ),
+    *("psl", "rtmp", "sasl2", "semanage", "sepol", "systemd", "unistring"),
+)
 REMOVED = (
-    *("/usr/lib/python3*/EXTERNALLY-MANAGED", "/var/lib/apt/lists/*", "/var/cache/apt/*.bin"),
-    # Git's scripts in Perl, and what it needs to reach or to be a server: K2 uses it on local repositories.
-    *("/usr/share/perl", "/usr/lib/*/perl", "/usr/bin/perl5*", "/usr/bin/scalar", "/usr/bin/git-shell"),
-    *(f"/usr/lib/git-core/{name}" for name in ("git-daemon", "git-http-*", "git-imap-send", "git-remote-*", "scalar")),
+    *("/usr/lib/python3*/EXTERNALLY-MANAGED", "/var/lib/apt/lists/*", "/var/cache/apt/*.bin", "/var/cache/debconf/*"),
+    # Perl, apt, tools for disks and accounts, and conversions between character sets: nothing is installed any more.
+    *("/usr/share/perl*", "/usr/lib/*/perl*", "/usr/bin/perl*", "/usr/bin/apt*", "/usr/bin/gpgv", "/usr/lib/apt"),
+    *("/usr/lib/*/gconv", "/usr/share/zoneinfo/right", "/usr/share/zoneinfo/posix", "/usr/sbin/[a-km-z]*"),
+    *(f"/usr/lib/*/lib{name}[.-]*" for name in LIBRARIES),
+    # What git needs to reach or to be a server: K2 uses it on local repositories.
+    *("/usr/bin/scalar", "/usr/bin/git-shell", "/usr/lib/git-core/scalar", "/usr/lib/git-core/git-sh*"),
+    *(f"/usr/lib/git-core/git-{name}" for name in ("daemon", "http-*", "imap-send", "remote-*")),
 )
 
 
-def files() -> list[Path]:
+def files(kind: str) -> list[Path]:
     """What goes into an image: the tracked files of the context, as they are in the work tree."""
-    listed = subprocess.run(["git", "ls-files", *CONTEXT], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(["git", "ls-files", *CONTEXT[kind]], cwd=ROOT, capture_output=True, text=True, check=True)
     return sorted(path for line in listed.stdout.splitlines() if (path := Path(line)) and (ROOT / path).is_file())
 
 
 def content_tag(kind: str, base: str) -> str:
     """The same content on the same base has the same tag, whoever builds it."""
     digest = hashlib.sha256(base.encode())
-    for path in [*files(), Path("images") / kind / "Dockerfile"]:
+    for path in [*files(kind), Path("images") / kind / "Dockerfile"]:
         digest.update(f"\0{path}\0".encode() + (ROOT / path).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -115,7 +140,7 @@ def build(kind: str, base: str, build_base: str, *, offline: bool) -> str:
         return image
     with tempfile.TemporaryDirectory() as folder:
         context = Path(folder)
-        for path in [*files(), Path("images") / kind / "Dockerfile"]:
+        for path in [*files(kind), Path("images") / kind / "Dockerfile"]:
             (context / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / path, context / path)
         command = [*engine(), "--tag", image, "--file", str(context / "images" / kind / "Dockerfile")]
@@ -144,7 +169,7 @@ def revision() -> str:
 def main() -> None:
     """Parse the command line, build, print the name."""
     parser = argparse.ArgumentParser(description="Build an image of K2.")
-    parser.add_argument("kind", choices=["cpu", "gpu"])
+    parser.add_argument("kind", choices=CONTEXT)
     parser.add_argument("--base", default="python:3.11-slim-bookworm", help="image to build on; `debian` makes one")
     parser.add_argument("--offline", action="store_true", help="make the wheels here, build without network")
     chosen = parser.parse_args()

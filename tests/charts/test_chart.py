@@ -34,7 +34,7 @@ GOLDEN = Path(__file__).with_name("golden")
 FILES = {each.stem: each for each in (*sorted(VALUES.glob("*.yaml")), EXAMPLE)}
 NAMESPACES = {"dev": "kubeflow", "prod": "kubeflow", "profile": "team-a", "gpu": "kubeflow"}
 TOGGLES = [
-    "store.embedded.enabled=true",
+    f"store.embedded.enabled=true,images.store=sha256:{'3' * 64}",
     "sandbox.enabled=true",
     "kueue.enabled=true",
     "trainer.enabled=true",
@@ -152,7 +152,7 @@ def test_one_registry_value_and_pull_secrets_reach_everything() -> None:
             "--values",
             str(FILES["prod"]),
             "--set",
-            "registry=reg.example/x,pullSecrets={one},store.embedded.enabled=true",
+            f"registry=reg.example/x,pullSecrets={{one}},store.embedded.enabled=true,images.store=sha256:{'3' * 64}",
         )
     )
     images = {
@@ -161,7 +161,7 @@ def test_one_registry_value_and_pull_secrets_reach_everything() -> None:
         for template in pod_templates(each)
         for container in template["spec"]["containers"]
     }
-    assert images == {"reg.example/x/cpu", "reg.example/x/gpu"}
+    assert images == {"reg.example/x/cpu", "reg.example/x/gpu", "reg.example/x/store"}
     assert all(image.startswith("reg.example/x/") for image in deployment_of(objects).images.values())
     accounts = {
         each["metadata"]["name"]: each["imagePullSecrets"] for each in objects if each["kind"] == "ServiceAccount"

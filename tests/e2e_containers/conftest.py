@@ -15,8 +15,8 @@ STORE_KEYS = {"K2_S3_ACCESS_KEY": "e2e", "K2_S3_SECRET_KEY": "only-for-this-test
 
 
 def selected(kind: str) -> None:
-    """Skip unless `K2_E2E` names this kind of tests; then the image has to be there too."""
-    if os.environ.get("K2_E2E") != kind or "K2_IMAGE" not in os.environ:
+    """Skip unless `K2_E2E` names this kind of tests; then the images have to be there too."""
+    if os.environ.get("K2_E2E") != kind or not {"K2_IMAGE", "K2_STORE_IMAGE"} <= set(os.environ):
         target = {"containers": "e2e", "k8s": "e2e-k8s"}[kind]
         pytest.skip(
             f"needs root, Debian's container tools and a built image: `make {target}` brings them and runs this"
@@ -37,7 +37,7 @@ class Docker:
         return run("docker", "-H", self.address, *arguments)
 
     def python(self, code: str, *arguments: str, store: dict[str, str] | None = None) -> str:
-        """What a program prints in a container like a step's; with an empty `store` it brings its own."""
+        """What a program prints in a container like a step's; `store` changes where its store is."""
         options = [
             "--rm",
             "--read-only",
@@ -46,7 +46,7 @@ class Docker:
             "--cap-drop=ALL",
             f"--network={NETWORK}",
         ]
-        options += [f"--env={name}={value}" for name, value in (self.store if store is None else store).items()]
+        options += [f"--env={name}={value}" for name, value in (self.store | (store or {})).items()]
         return self.docker("run", *options, "--entrypoint=python", self.image, "-c", code, *arguments)
 
 
@@ -58,10 +58,12 @@ def docker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Docker]:
     folder.chmod(0o755)
     with registry(folder / "registry", ADDRESS) as address, dockerd(folder / "engine") as engine:
         image = push(os.environ["K2_IMAGE"], "cpu", address, folder)
-        run("docker", "-H", engine, "pull", "--quiet", image)
+        store = push(os.environ["K2_STORE_IMAGE"], "store", address, folder)
+        for each in (image, store):
+            run("docker", "-H", engine, "pull", "--quiet", each)
         run("docker", "-H", engine, "network", "create", "--internal", NETWORK)
         try:
-            yield Docker(engine, image, folder, _store(engine, image, folder))
+            yield Docker(engine, image, folder, _store(engine, store, folder))
         finally:
             run("docker", "-H", engine, "rm", "--force", "k2-store")
             run("docker", "-H", engine, "network", "rm", NETWORK)
@@ -73,7 +75,7 @@ def _store(engine: str, image: str, folder: Path) -> dict[str, str]:
     data.mkdir()
     os.chown(data, 1000, 1000)
     options = ["--detach", "--name=k2-store", f"--network={NETWORK}", "--user=1000:1000", "--read-only"]
-    options += ["--cap-drop=ALL", "--tmpfs=/tmp", f"--volume={data}:/data", "--entrypoint=weed"]
+    options += ["--cap-drop=ALL", "--tmpfs=/tmp", f"--volume={data}:/data"]
     options += [f"--env=AWS_ACCESS_KEY_ID={STORE_KEYS['K2_S3_ACCESS_KEY']}"]
     options += [f"--env=AWS_SECRET_ACCESS_KEY={STORE_KEYS['K2_S3_SECRET_KEY']}"]
     weed = ["-logtostderr=true", "mini", "-ip=127.0.0.1", "-ip.bind=0.0.0.0", "-dir=/data", "-s3.port=8333"]

@@ -1,6 +1,6 @@
-"""Bring Debian's container tools and build the CPU image from Debian's own packages; prints the image's name.
+"""Bring Debian's container tools and build the CPU image and the store's from Debian's own packages.
 
-python -m tests.e2e_containers.prepare
+python -m tests.e2e_containers.prepare      prints their names as variables
 """
 
 import os
@@ -37,4 +37,5 @@ def install() -> None:
 if __name__ == "__main__":
     install()
     base, build_base = build.debian_base(build.PACKAGES), build.debian_base(build.BUILD_PACKAGES)
-    print(build.build("cpu", base, build_base, offline=True))
+    for variable, kind in (("K2_IMAGE", "cpu"), ("K2_STORE_IMAGE", "store")):
+        print(f"{variable}={build.build(kind, base, build_base, offline=True)}")

@@ -69,7 +69,7 @@ print(json.dumps({name: k2("lineage", stage["artifact"])["digest"] for name, sta
 
 def test_containers_and_processes_make_the_same_artifacts(docker: Docker, in_containers: dict[str, Any]) -> None:
     """What a stage makes from its configuration and inputs alone; the corpus is of the image's own libraries."""
-    processes = json.loads(docker.python(PROCESSES, PRESET, store={}))
+    processes = json.loads(docker.python(PROCESSES, PRESET, store={"K2_S3_PREFIX": "processes"}))
     names = [name for name, stage in STAGES.items() if not stage.always]
     assert {name: in_containers[name]["digest"] for name in names} == {name: processes[name] for name in names}
 

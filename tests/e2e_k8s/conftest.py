@@ -29,10 +29,11 @@ WITHOUT_KUBEFLOW = {("Job", "k2-pipeline-upload")}
 
 @dataclass(frozen=True)
 class Platform:
-    """A cluster on which K2 is installed, the image by digest, and what was applied."""
+    """A cluster on which K2 is installed, its images by digest, and what was applied."""
 
     kubernetes: Kubernetes
     image: str
+    store_image: str
     objects: tuple[Object, ...]
 
     def token(self, account: str) -> str:
@@ -62,9 +63,10 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     image = os.environ["K2_IMAGE"]
     with network(), registry(folder / "registry", REGISTRY) as address:
         pinned = push(image, "cpu", address, folder)
+        store_image = push(os.environ["K2_STORE_IMAGE"], "store", address, folder)
         pause = push(_pause(image, folder), "pause", address, folder)
         with cluster(folder / "cluster", pause) as kubernetes:
-            made = Platform(kubernetes, pinned, _objects(pinned))
+            made = Platform(kubernetes, pinned, store_image, _objects(pinned, store_image))
             kubernetes.apply(*_given(folder), *made.objects)
             kubernetes.kubectl("rollout", "status", "statefulset/k2-store", f"-n={SPACE}", "--timeout=120s")
             yield made
@@ -87,12 +89,14 @@ def _pause(image: str, folder: Path) -> str:
     return name
 
 
-def _objects(image: str) -> tuple[Object, ...]:
-    """The overlay `dev` with our image; its objects are of Kubernetes alone."""
+def _objects(image: str, store_image: str) -> tuple[Object, ...]:
+    """The overlay `dev` with our images; its objects are of Kubernetes alone."""
     text = yaml.safe_dump_all(kustomize("manifests/overlays/dev"))
-    reserved = "registry.example/k2/cpu@sha256:" + "1" * 64
-    assert reserved in text
-    found = yaml.safe_load_all(text.replace(reserved, image))
+    for name, digit, ours in (("cpu", "1", image), ("store", "3", store_image)):
+        reserved = f"registry.example/k2/{name}@sha256:{digit * 64}"
+        assert reserved in text
+        text = text.replace(reserved, ours)
+    found = yaml.safe_load_all(text)
     return tuple(each for each in found if (each["kind"], each["metadata"]["name"]) not in WITHOUT_KUBEFLOW)
 
 

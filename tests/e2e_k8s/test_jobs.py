@@ -30,14 +30,12 @@ LONGER = "pretrain.stable_tokens=40960"
 
 PROCESSES = """
 import json, subprocess, sys
-from k2.execution.local import object_store
 def k2(*arguments):
     return json.loads(subprocess.run(["k2", *arguments, "--json"], check=True, stdout=subprocess.PIPE).stdout)
 *stages, last, override = sys.argv[1:]
-with object_store():
-    made = {stage: k2(stage, "--preset", "nano")["artifact"] for stage in stages}
-    made[last] = k2(last, "--preset", "nano", "--set", override)["artifact"]
-    print(json.dumps({stage: k2("lineage", uri)["digest"] for stage, uri in made.items()}))
+made = {stage: k2(stage, "--preset", "nano")["artifact"] for stage in stages}
+made[last] = k2(last, "--preset", "nano", "--set", override)["artifact"]
+print(json.dumps({stage: k2("lineage", uri)["digest"] for stage, uri in made.items()}))
 """
 LAUNCH = """
 import sys
@@ -89,11 +87,12 @@ def logs(platform: Platform, what: str) -> str:
 
 @pytest.fixture(scope="module")
 def alone(platform: Platform) -> dict[str, str]:
-    """Stage -> digest, made by processes of one pod that has a store of its own."""
+    """Stage -> digest, made by processes of one pod that share nothing with others: a prefix of their own."""
     spot = placement(platform.image, "corpus")
     body = job("alone", spot, "python", "-c", PROCESSES, *DATA, "pretrain", LONGER)
     container = body["spec"]["template"]["spec"]["containers"][0]
-    container["env"] = [each for each in container["env"] if not each["name"].startswith("K2_S3_")]
+    container["env"] = [each for each in container["env"] if each["name"] != "K2_S3_PREFIX"]
+    container["env"].append({"name": "K2_S3_PREFIX", "value": "alone"})
     platform.kubernetes.apply(body)
     assert ended(platform, "job", "alone")["status"].get("succeeded") == 1, logs(platform, "job/alone")
     return dict(json.loads(logs(platform, "job/alone").splitlines()[-1]))

@@ -50,7 +50,7 @@ def test_the_store_inside_keeps_objects_and_knows_its_callers(platform: Platform
     path = f"/api/v1/namespaces/{SPACE}/pods?labelSelector=app.kubernetes.io/component%3Dstore"
     (pod,) = platform.kubernetes.read(path)["items"]
     (status,) = pod["status"]["containerStatuses"]
-    assert status["imageID"] == platform.image
+    assert status["imageID"] == platform.store_image
     assert status["restartCount"] == 0
 
 

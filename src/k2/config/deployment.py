@@ -58,12 +58,16 @@ class Accelerator(Section):
 
 
 class Toleration(Section):
-    """A taint of the pool's nodes that its pods accept."""
+    """A taint of nodes that pods accept."""
 
     key: str = setting("", "the taint's key; empty with Exists: every taint")
     operator: Literal["Exists", "Equal"] = setting("Exists", "Exists: any value; Equal: this value")
     value: str = setting("", "the taint's value, with Equal")
     effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = setting("NoSchedule", "empty: every effect")
+
+    def manifest(self) -> dict[str, str]:
+        """As a pod has it."""
+        return {key: value for key, value in self if value}
 
 
 class Scratch(Section):
@@ -217,6 +221,18 @@ class Budget(Section):
     days: int = setting(30, "days that the budget is for", ge=1, le=366)
 
 
+class Sandbox(Section):
+    """Where code that a model wrote runs: in pods of this namespace that reach nothing."""
+
+    image: str = setting("cpu", "which of `images` they run; it has K2 and what programs may import")
+    runtime_class: Name | None = setting(
+        None,
+        "RuntimeClass that keeps them from the node's kernel, such as gVisor's or Kata's; null: the nodes' own",
+    )
+    node_labels: dict[Resource, LabelValue] = setting({}, "labels of their nodes")
+    tolerations: tuple[Toleration, ...] = setting((), "taints of their nodes that they accept")
+
+
 class Placement(Section):
     """Everything that decides where one task runs. Crosses to a launcher as JSON in `K2_LAUNCH`."""
 
@@ -254,6 +270,7 @@ class Deployment(Section):
     identity: Identity = setting(Identity(), "who containers run as")
     timeouts: Timeouts = setting(Timeouts(), "how long things may take")
     budget: Budget | None = setting(None, "what jobs may cost; null: no limit")
+    sandbox: Sandbox | None = setting(None, "where code that a model wrote runs; null: nowhere")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -313,6 +330,8 @@ class Deployment(Section):
                 yield f"pools.{name}.image: there is no image {pool.image!r}; the images are {', '.join(self.images)}"
             if pool.queue and pool.queue not in self.queues:
                 yield f"pools.{name}.queue: the queue {pool.queue!r} has no quota; add it to queues"
+        if self.sandbox and self.sandbox.image not in self.images:
+            yield f"sandbox.image: there is no image {self.sandbox.image!r}; the images are {', '.join(self.images)}"
         named_stages = {f"secrets.{name}.stages": set(key.stages) for name, key in self.secrets.items()}
         named_stages |= {"stages": set(self.stages), "timeouts.stages": set(self.timeouts.stages)}
         for field, stages in named_stages.items():

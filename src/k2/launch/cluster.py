@@ -53,6 +53,7 @@ class Kind:
 
 
 PODS = Kind("v1", "pods")
+CONFIG_MAPS = Kind("v1", "configmaps")
 SERVICES = Kind("v1", "services")
 JOBS = Kind("batch/v1", "jobs")
 TRAIN_JOBS = Kind("trainer.kubeflow.org/v1alpha1", "trainjobs")
@@ -118,6 +119,11 @@ class Cluster:
         query = {"container": container, "timestamps": "true"} | ({"sinceTime": since} if since else {})
         path = PODS.path(self.namespace, pod, "log")
         return self._request("GET", path, None, query, patience_s=0.0).decode(errors="replace")
+
+    def output(self, pod: str, container: str, limit_bytes: int) -> bytes:
+        """The beginning of what a container wrote."""
+        query = {"container": container, "limitBytes": str(limit_bytes)}
+        return self._request("GET", PODS.path(self.namespace, pod, "log"), None, query, self.patience_s)
 
     def _json(self, method: str, path: str, body: Object | None = None, query: Mapping[str, str] | None = None) -> Any:
         return json.loads(self._request(method, path, body, query or {}, self.patience_s))

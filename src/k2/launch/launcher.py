@@ -18,7 +18,7 @@ from k2.launch.backend import DIGEST, Backend, State, Status, Terms
 from k2.launch.cluster import LOCAL_QUEUES, PODS, WORKFLOWS, WORKLOADS, Cluster, ClusterError, Object
 from k2.launch.indexed_job import IndexedJob
 from k2.launch.logs import LogReader, LogSink, pod_of_node
-from k2.launch.pod import CONTAINER
+from k2.launch.pod import CONTAINER, waits_for
 from k2.launch.trainjob import TrainJob
 from k2.launch.work import Work
 from k2.platform.guard import DAY_S, spending
@@ -315,11 +315,7 @@ def _explained(status: Status, pod: Object | None) -> Status:
     """A job that does not start, with what its first pod waits for."""
     if status.state is not State.PENDING or status.reason or pod is None:
         return status
-    told = pod.get("status", {})
-    waiting = [each.get("state", {}).get("waiting", {}) for each in told.get("containerStatuses") or ()]
-    conditions = [each for each in told.get("conditions") or () if each["status"] == "False"]
-    texts = [f"{each.get('reason', '')}: {each.get('message', '')}" for each in (*waiting, *conditions) if each]
-    return Status(State.PENDING, next((text.strip(": ") for text in texts), ""))
+    return Status(State.PENDING, waits_for(pod))
 
 
 def _why(workload: Object | None) -> str:

