@@ -104,13 +104,18 @@ def grouped_case(s: Sizes, draw: Callable[..., Tensor], device: str) -> Case:
 
 
 def swiglu_case(s: Sizes, draw: Callable[..., Tensor]) -> Case:
-    """The experts' activation."""
+    """The experts' activation; Liger's does not know the routing weight."""
     x = draw(s.tokens * s.choices, 2 * s.width)
-    peers: dict[str, Run] = {"torch": lambda: swiglu.reference(x)}
+    scale = torch.rand(len(x), device=x.device)
+    peers: dict[str, Run] = {"torch": lambda: swiglu.reference(x, scale)}
     if liger:
-        peers["Liger"] = lambda: liger.liger_swiglu(*x.chunk(2, dim=-1))
+        peers["Liger without weights"] = lambda: liger.liger_swiglu(*x.chunk(2, dim=-1))
     return Case(
-        "SwiGLU, forward and backward", lambda: swiglu.swiglu(x), peers, ("swiglu.forward", "swiglu.backward"), (x,)
+        "SwiGLU, forward and backward",
+        lambda: swiglu.swiglu(x, scale),
+        peers,
+        ("swiglu.forward", "swiglu.backward"),
+        (x,),
     )
 
 

@@ -1,5 +1,7 @@
 """SwiGLU and RMSNorm in the interpreter against float64 autograd."""
 
+from math import prod
+
 import pytest
 import torch
 
@@ -10,20 +12,23 @@ SHAPES = [(1, 1), (3, 7), (2, 5, 130), (65, 16), (2, 1300), (0, 8)]
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_swiglu_and_its_gradient(shape):
-    x = (4 * torch.randn(*shape[:-1], 2 * shape[-1])).requires_grad_()
-    wide = x.detach().double().requires_grad_()
-    grad = torch.randn(shape)
-    y, expected = swiglu.swiglu(x), swiglu.reference(wide)
+    rows, width = prod(shape[:-1]), shape[-1]
+    inputs = (4 * torch.randn(rows, 2 * width)).requires_grad_(), torch.randn(rows, requires_grad=True)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    grad = torch.randn(rows, width)
+    y, expected = swiglu.swiglu(*inputs), swiglu.reference(*wide)
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
-    ours, theirs = torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, wide, grad.double())
-    torch.testing.assert_close(ours[0].double(), theirs[0], rtol=1e-5, atol=1e-5)
+    ours, theirs = torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, wide, grad.double())
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(swiglu.gated_backward(grad, *(x.detach() for x in inputs))[2], y.detach())
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # infinity, as on a GPU
 def test_swiglu_of_extreme_gates():
     x = torch.tensor([[-1e4, -88.0, 0.0, 88.0, 1e4, 2.0, 2.0, 2.0, 2.0, 2.0]], requires_grad=True)
-    y = swiglu.swiglu(x)
-    torch.testing.assert_close(y, swiglu.reference(x.detach()))
+    y = swiglu.swiglu(x, torch.ones(1))
+    torch.testing.assert_close(y, swiglu.reference(x.detach(), torch.ones(1)))
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert grad.isfinite().all()
 
@@ -51,5 +56,5 @@ def test_bfloat16_rounds_like_the_reference():
     x, weight = torch.randn(5, 300).bfloat16(), torch.randn(300)
     y = rms_norm.rms_norm(x, weight, 1e-6)
     torch.testing.assert_close(y, rms_norm.reference(x, weight, 1e-6), rtol=2**-8, atol=0)
-    pair = torch.randn(4, 90).bfloat16()
-    torch.testing.assert_close(swiglu.swiglu(pair), swiglu.reference(pair), rtol=2**-7, atol=1e-6)
+    pair, scale = torch.randn(4, 90).bfloat16(), torch.randn(4)
+    torch.testing.assert_close(swiglu.swiglu(pair, scale), swiglu.reference(pair, scale), rtol=2**-8, atol=1e-6)

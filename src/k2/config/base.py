@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Kernels = Literal["auto", "torch", "triton"]
 
 
 class Section(BaseModel):
@@ -26,6 +28,14 @@ def setting(default: Any = ..., doc: str = "", *, semantic: bool = True, **const
     timeouts, progress); it is left out of the artifact key.
     """
     return Field(default, description=doc, json_schema_extra={"semantic": semantic}, **constraints)
+
+
+class TrainingSection(StageSection):
+    """The configuration of one stage that trains the model."""
+
+    kernels: Kernels = setting(
+        "auto", "auto: Triton on CUDA, torch elsewhere; last bits differ, as between devices", semantic=False
+    )
 
 
 def is_semantic(section: type[Section], name: str) -> bool:

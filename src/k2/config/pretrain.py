@@ -4,13 +4,13 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from k2.config.base import StageSection, setting
+from k2.config.base import TrainingSection, setting
 from k2.config.model import ModelConfig, Recompute, RopeScaling
 from k2.config.optimizer import OptimizerConfig
 from k2.config.parallel import ParallelConfig
 
 
-class PretrainConfig(StageSection):
+class PretrainConfig(TrainingSection):
     """Warm-up, stable, decay, annealing, then a long-context phase under YaRN; all lengths in tokens."""
 
     model: ModelConfig = setting(ModelConfig(), "architecture; rope_scaling stays null, the long-context phase sets it")

@@ -4,12 +4,12 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from k2.config.base import StageSection, setting
+from k2.config.base import TrainingSection, setting
 from k2.config.model import ModelConfig
 from k2.config.optimizer import OptimizerConfig
 
 
-class QuantizeConfig(StageSection):
+class QuantizeConfig(TrainingSection):
     """How the routed experts learn to live with four bits. Length and rate of K2's own QAT are not published."""
 
     group_size: int = setting(

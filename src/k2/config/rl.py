@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from k2.config.base import Section, StageSection, setting
+from k2.config.base import Section, TrainingSection, setting
 from k2.config.optimizer import OptimizerConfig
 
 
@@ -14,7 +14,7 @@ class RewardConfig(Section):
     budget_penalty: float = setting(0.5, "subtracted when an answer was cut off by its token budget", ge=0)
 
 
-class RlConfig(StageSection):
+class RlConfig(TrainingSection):
     """Policy optimisation with K2's objective. The report keeps K, tau and the coefficients to itself."""
 
     tasks: dict[str, float] = setting(

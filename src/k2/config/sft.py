@@ -1,10 +1,10 @@
 """Supervised fine-tuning."""
 
-from k2.config.base import StageSection, setting
+from k2.config.base import TrainingSection, setting
 from k2.config.optimizer import OptimizerConfig
 
 
-class SftConfig(StageSection):
+class SftConfig(TrainingSection):
     """Fine-tuning on verifiable tasks and accepted trajectories, loss on what the assistant says (report 3.1)."""
 
     tasks: dict[str, float] = setting(

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from k2.kernels.attention_backward import KEY_TILES, QUERY_TILES, key_kernel, load_rows, query_kernel, store_rows
 from k2.kernels.launch import Launch, Work
@@ -115,6 +116,17 @@ class Documents:
             for bounds in (cu_seqlens[:-1], cu_seqlens[1:])
         )
         return cls(start, end)
+
+    @classmethod
+    def between(cls, numbers_KT: Tensor) -> "Documents":
+        """A document begins where any of the K numbers of a token differs from the token before; without the host."""
+        tokens = numbers_KT.shape[1]
+        change_T = (numbers_KT[:, 1:] != numbers_KT[:, :-1]).any(0)
+        first_T, last_T = F.pad(change_T, (1, 0), value=True), F.pad(change_T, (0, 1), value=True)
+        token_T = torch.arange(tokens, dtype=torch.int32, device=numbers_KT.device)
+        start_T = torch.where(first_T, token_T, 0).cummax(0).values
+        end_T = torch.where(last_T, token_T + 1, tokens).flip(0).cummin(0).values.flip(0)
+        return cls(start_T, end_T.contiguous())
 
 
 def _rows(x_THW: Tensor) -> Tensor:

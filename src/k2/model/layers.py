@@ -6,7 +6,7 @@ Letters in shapes: N rows, D hidden, F inner width.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from k2.model.activations import Call, Keep, keep_it, plain_call
+from k2.model.backend import kernels_for
 
 BLOCK_VALUES = 2**17  # values an activation widens to float32 at once: 512 KiB stay in a core's own cache
 
@@ -103,12 +104,16 @@ class RMSNorm(nn.Module):
         return result
 
     def _normed(self, x: Tensor) -> Tensor:
+        if kernels := kernels_for(x):
+            return cast(Tensor, kernels.rms_norm(x, self.weight, self.eps))
         result: Tensor = _RMSNorm.apply(x.flatten(0, -2), upcast(self.weight), self.eps)  # type: ignore[no-untyped-call]
         return result.view(x.shape)
 
 
 def gated(gate_up_NG: Tensor, scale_N: Tensor) -> Tensor:
     """silu(first half) * second half of each row, times the row's scale: [N, 2F] -> [N, F], without gradient."""
+    if kernels := kernels_for(gate_up_NG):
+        return cast(Tensor, kernels.gated(gate_up_NG, scale_N))
     result = gate_up_NG.new_empty(gate_up_NG.shape[0], gate_up_NG.shape[1] // 2)
     for gate_up, scale, out in _blocks(gate_up_NG, scale_N, result):
         gate, up = upcast(gate_up).chunk(2, dim=-1)
@@ -118,6 +123,8 @@ def gated(gate_up_NG: Tensor, scale_N: Tensor) -> Tensor:
 
 def gated_backward(grad_NF: Tensor, gate_up_NG: Tensor, scale_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients [N, 2F] and [N] of `gated`, and its output once more, [N, F]."""
+    if kernels := kernels_for(gate_up_NG):
+        return cast(tuple[Tensor, Tensor, Tensor], kernels.gated_backward(grad_NF, gate_up_NG, scale_N))
     grad_gate_up, grad_scale = torch.empty_like(gate_up_NG), torch.empty_like(scale_N)
     output = torch.empty_like(grad_NF)
     for gate_up, grad, scale, *outs in _blocks(gate_up_NG, grad_NF, scale_N, output, grad_gate_up, grad_scale):

@@ -5,12 +5,13 @@ Letters in shapes: T tokens, D hidden, V vocabulary.
 
 from collections.abc import Iterator
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from k2.model.backend import kernels_for
 from k2.model.layers import upcast
 
 PRODUCT_ROWS = 256  # tokens of one matrix product: enough for full speed, and its logits are read while in cache
@@ -74,5 +75,8 @@ def token_log_probs(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> 
 
     For a temperature divide `hidden_TD` by it.
     """
-    result: Tensor = _TokenLogProbs.apply(hidden_TD, weight_VD.to(hidden_TD.dtype), targets_T)  # type: ignore[no-untyped-call]
+    weight_VD = weight_VD.to(hidden_TD.dtype)
+    if kernels := kernels_for(hidden_TD):
+        return cast(Tensor, kernels.token_log_probs(hidden_TD, weight_VD, targets_T))
+    result: Tensor = _TokenLogProbs.apply(hidden_TD, weight_VD, targets_T)  # type: ignore[no-untyped-call]
     return result

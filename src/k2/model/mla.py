@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from k2.config.model import ModelConfig
 from k2.model.activations import Call, Keep, keep_it, plain_call
+from k2.model.backend import kernels_for
 from k2.model.layers import Linear, RMSNorm, upcast
 from k2.model.rope import rotary_tables, rotate, softmax_scale, turned, turned_back, turns
 
@@ -29,12 +30,14 @@ class AttentionContext:
     cos_BLR, sin_BLR: rotary tables, [B or 1, L, R/2].
     bias_BLL: 0 where a query may look, -inf where not; None when a token sees all earlier ones.
     keep_BL: real tokens, or None when all are.
+    packing: both for the kernels, which need no mask; None when torch attends.
     """
 
     cos_BLR: Tensor
     sin_BLR: Tensor
     bias_BLL: Tensor | None
     keep_BL: Tensor | None
+    packing: Any = None
 
 
 def attention_context(
@@ -54,6 +57,8 @@ def attention_context(
     if positions_BL is None:
         positions_BL = torch.arange(length, device=device)[None]
     cos_BLR, sin_BLR = rotary_tables(config, positions_BL, dtype)
+    if kernels := kernels_for(cos_BLR):
+        return AttentionContext(cos_BLR, sin_BLR, None, keep_BL, kernels.packed(tokens_BL, documents_BL, keep_BL))
     if documents_BL is None and keep_BL is None:
         return AttentionContext(cos_BLR, sin_BLR, None, None)
     allowed = torch.ones(tokens_BL.shape[0], length, length, dtype=torch.bool, device=device).tril()
@@ -242,9 +247,13 @@ class LatentAttention(nn.Module):
         self, x_BLD: Tensor, latent_BLK: Tensor, k_rotary_BLR: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Tensor]:
         """`forward` for latents that the caller has already computed, and perhaps kept."""
-        turn = turns(context.cos_BLR, context.sin_BLR)[:, :, None]
-        q, k, v = self.call(self._heads, self.query_latents(x_BLD), latent_BLK, k_rotary_BLR, turn)
-        output_BLHV, max_H = attend(q, k, v, self.scale, context, self.keep_probabilities)
+        tables = context.cos_BLR[:, :, None], context.sin_BLR[:, :, None]
+        if kernels := kernels_for(x_BLD):
+            parts = self.call(self._parts, self.query_latents(x_BLD), latent_BLK, *tables)
+            output_BLHV, max_H = kernels.attention(*parts, k_rotary_BLR, context.packing, self.scale)
+        else:
+            q, k, v = self.call(self._heads, self.query_latents(x_BLD), latent_BLK, k_rotary_BLR, turns(*tables))
+            output_BLHV, max_H = attend(q, k, v, self.scale, context, self.keep_probabilities)
         return self.o_proj(output_BLHV.flatten(2)), max_H
 
     def _heads(
@@ -254,3 +263,11 @@ class LatentAttention(nn.Module):
         kv_BLHY = self._by_head(self.kv_b_proj(latent_BLK))
         q, k, v = _Heads.apply(self.queries(q_latent_BLK), kv_BLHY, k_rotary_BLR, turn)  # type: ignore[no-untyped-call]
         return q, k, v
+
+    def _parts(
+        self, q_latent_BLK: Tensor, latent_BLK: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For the kernels: queries [B, L, H, X], their rotated rotary part, and keys and values side by side."""
+        q_BLHX = self.queries(q_latent_BLK)
+        q_rotary = rotate(q_BLHX[..., self.config.qk_nope_head_dim :], cos, sin)
+        return q_BLHX, q_rotary, self._by_head(self.kv_b_proj(latent_BLK))

@@ -8,7 +8,7 @@ Letters in shapes: T tokens, S choices per token, E experts, C rows per expert, 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from k2.config.model import ModelConfig
 from k2.model.activations import Keep, keep_it
+from k2.model.backend import kernels_for
 from k2.model.layers import GatedMLP, gated, gated_backward, upcast
 from k2.model.layout import routed_scaling
 
@@ -27,11 +28,15 @@ GROUP_ROWS = 256  # experts pass through the layer together until they have so m
 
 @dataclass(frozen=True)
 class Routing:
-    """The router's decision for T tokens: chosen experts, their weights, and all unbiased scores."""
+    """The router's decision for T tokens: chosen experts, their weights, and all unbiased scores.
+
+    rows: where the kernels' router sends every pair of a token and an expert; None when torch decided.
+    """
 
     experts_TS: Tensor
     weights_TS: Tensor
     scores_TE: Tensor
+    rows: Any = None
 
 
 class _RouterLogits(torch.autograd.Function):
@@ -58,13 +63,17 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.scaling = routed_scaling(config)
+        self.scaling, self.choices = routed_scaling(config), config.num_experts_per_tok
+        self.kernel_fits = config.n_group == 1 and config.norm_topk_prob
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Choose S experts per token."""
-        scores_TE = _RouterLogits.apply(x_TD, self.weight).sigmoid()  # type: ignore[no-untyped-call]
+        logits_TE: Tensor = _RouterLogits.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
+        if self.kernel_fits and (kernels := kernels_for(logits_TE)):
+            return Routing(*kernels.routed(logits_TE, self.e_score_correction_bias, self.choices, self.scaling))
+        scores_TE = logits_TE.sigmoid()
         experts_TS = self._choose(scores_TE.detach() + self.e_score_correction_bias)
         weights_TS = scores_TE.gather(1, experts_TS)
         if self.config.norm_topk_prob:
@@ -77,7 +86,7 @@ class Router(nn.Module):
             best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.config.topk_group, dim=-1).indices
             closed = torch.ones(grouped.shape[:2], dtype=torch.bool, device=best.device).scatter_(1, best, False)
             scores_TE = grouped.masked_fill(closed[..., None], -torch.inf).flatten(1)
-        return scores_TE.topk(self.config.num_experts_per_tok, dim=-1).indices
+        return scores_TE.topk(self.choices, dim=-1).indices
 
 
 def balance_loss(routing: Routing, sequences: int) -> Tensor:
@@ -228,13 +237,16 @@ class Experts(nn.Module):
         self.keep_input: Keep = keep_it
         self.keep_gate_up: Keep = keep_it
 
-    def forward(self, x_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts' outputs, [T, D]."""
+    def forward(self, x_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor, rows: Any = None) -> Tensor:
+        """Weighted sum of the chosen experts' outputs, [T, D]; `rows` as in `Routing`."""
         self.keep_input(x_TD)
-        blocks = arrange(experts_TS, self.gate_up_proj.shape[0])
         parameters = self.gate_up_proj, self.down_proj
         transform = self.weight_transform
         gate_up, down = parameters if transform is None else (transform(weight) for weight in parameters)
+        if kernels := kernels_for(x_TD):
+            rows = rows or kernels.arrange(experts_TS, len(down))
+            return cast(Tensor, kernels.routed_experts(x_TD, weights_TS, gate_up, down, rows, self.keep_gate_up))
+        blocks = arrange(experts_TS, len(down))
         result: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
             x_TD, weights_TS, gate_up, down, blocks, self.keep_gate_up
         )
@@ -253,7 +265,7 @@ class Dispatcher(Protocol):
 
 def local_dispatch(x_TD: Tensor, routing: Routing, experts: Experts) -> Callable[[], Tensor]:
     """All experts are here."""
-    result: Tensor = experts(x_TD, routing.experts_TS, routing.weights_TS)
+    result: Tensor = experts(x_TD, routing.experts_TS, routing.weights_TS, routing.rows)
     return lambda: result
 
 

@@ -4,10 +4,12 @@ Letters in shapes: N matrices, R rows, C columns, S the smaller of R and C.
 """
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from k2.model.backend import kernels_for
 from k2.optim.schemes import Run, Scheme
 
 Shape = tuple[int, int, int]
@@ -70,6 +72,8 @@ class Workspace:
 
     def orthogonalize(self, scheme: Scheme) -> Tensor:
         """Run the iterations on what was written; the result is valid until the next `input`."""
+        if kernels := kernels_for(self._x_NRC):
+            return cast(Tensor, kernels.newton_schulz(self._x_NRC, scheme))
         first, *others = scheme.runs_for(*sorted(self._x_NRC.shape[1:]))
         self._normalize(self._gram(), scheme.tight)
         self._apply(*self._product(first, squared=scheme.tight))

@@ -3,12 +3,13 @@
 Letters in shapes: E experts, O rows (output), I columns (input).
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from k2.model.backend import kernels_for
 from k2.model.moe import WeightTransform
 from k2.quant.int4 import dequantize, quantize
 
@@ -33,6 +34,8 @@ def fake_quantize(group_size: int) -> WeightTransform:
     """
 
     def transform(weight: Tensor) -> Tensor:
+        if kernels := kernels_for(weight):
+            return cast(Tensor, kernels.fake_quantize(weight, group_size))
         result: Tensor = _FakeQuantize.apply(weight, group_size)  # type: ignore[no-untyped-call]
         return result
 

@@ -17,6 +17,7 @@ from k2.distributed.watchdog import Watchdog
 from k2.execution.contract import Progress, StageResult
 from k2.execution.digest import code_digest
 from k2.model import hf
+from k2.model.backend import use_kernels
 from k2.model.transformer import Transformer
 from k2.processes import rank
 from k2.store.artifacts import Artifact, ArtifactWriter
@@ -39,6 +40,7 @@ def run(
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    use_kernels(config.kernels)
     tokens = inputs["tokens"]
     mesh = join_ranks(config, {"code": code_digest(__name__), "tokens": tokens.digest})
     state, plan = build(config, mesh)

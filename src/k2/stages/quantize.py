@@ -12,6 +12,7 @@ from k2.data.tokenizer import Tokenizer
 from k2.errors import UserError
 from k2.execution.contract import Progress, StageResult
 from k2.model import hf
+from k2.model.backend import use_kernels
 from k2.quant.checkpoint import bits_per_weight
 from k2.quant.qat import QuantizationAwareTraining
 from k2.rl.demonstrations import task_demonstrations, trajectory_demonstrations
@@ -30,6 +31,7 @@ def run(
         StageError: too many updates in a row were skipped.
     """
     torch.manual_seed(config.seed)
+    use_kernels(config.kernels)
     source = inputs["model"].directory()
     teacher = hf.load(source, compute_dtype=getattr(torch, config.precision))
     problem = group_problem(teacher.config, config.group_size)

@@ -9,6 +9,7 @@ from k2.config.rl import RlConfig
 from k2.data.tokenizer import Tokenizer
 from k2.execution.contract import Progress, StageResult
 from k2.model import hf
+from k2.model.backend import use_kernels
 from k2.rl.critic import RuleCritic
 from k2.rl.prompts import opening_requests
 from k2.rl.trainer import Trainer, metrics_of, report_of
@@ -22,6 +23,7 @@ def run(config: RlConfig, inputs: dict[str, Artifact], output: ArtifactWriter, *
     Raises StageError when too many updates in a row had to be skipped, or no answer could be trained on.
     """
     torch.manual_seed(config.seed)
+    use_kernels(config.kernels)
     folder = inputs["model"].directory()
     tokenizer = Tokenizer.load(folder / "tokenizer")
     general = opening_requests(inputs["trajectories"].path("trajectories.jsonl")) if config.general_share > 0 else []

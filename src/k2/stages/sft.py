@@ -9,6 +9,7 @@ from k2.config.sft import SftConfig
 from k2.data.tokenizer import Tokenizer
 from k2.execution.contract import Progress, StageResult
 from k2.model import hf
+from k2.model.backend import use_kernels
 from k2.rl.demonstrations import task_demonstrations, trajectory_demonstrations
 from k2.rl.sft import accuracy, accurate_enough, demonstration_source, fine_tune
 from k2.store.artifacts import Artifact, ArtifactWriter
@@ -21,6 +22,7 @@ def run(config: SftConfig, inputs: dict[str, Artifact], output: ArtifactWriter, 
     Raises UserError when no dialog fits into a row, StageError when too many updates in a row had to be skipped.
     """
     torch.manual_seed(config.seed)
+    use_kernels(config.kernels)
     base = inputs["model"]
     folder = base.directory()
     tokenizer = Tokenizer.load(folder / "tokenizer")

@@ -1,0 +1,52 @@
+"""Which implementation of the model's operations runs: torch's, or the Triton kernels of `k2.kernels`.
+
+One choice for the process, like its number of threads. Kernels are imported where they run: a CPU needs no Triton.
+"""
+
+import logging
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k2.config.base import Kernels
+
+KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_log = logging.getLogger(__name__)
+_choice: Kernels = "auto"
+
+
+def use_kernels(choice: Kernels) -> None:
+    """Choose for all that follows: `auto` takes Triton for tensors on a CUDA GPU and torch for others."""
+    global _choice
+    _choice = choice
+
+
+def kernels_for(x: Tensor) -> Any:
+    """`k2.kernels.operations` if Triton is to work on `x`, else None; float64 is torch's anywhere.
+
+    Where Triton was asked for and there is no GPU, the log says once that torch runs, unless TRITON_INTERPRET=1 has
+    kernels interpreted. On a GPU there is no way back: a kernel that is missing or cannot run raises.
+    """
+    if _choice == "torch" or x.dtype not in KERNEL_TYPES or not (x.is_cuda or _interprets()):
+        return None
+    from k2.kernels import operations
+
+    return operations
+
+
+def _interprets() -> bool:
+    if _choice == "auto":
+        return False
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    _warn()
+    return False
+
+
+@cache
+def _warn() -> None:
+    _log.warning("kernels: triton needs a CUDA GPU, tensors are elsewhere: torch runs instead")
