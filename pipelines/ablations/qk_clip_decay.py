@@ -20,7 +20,7 @@ STUDY = StudyConfig(
     arms=qk_clip.STUDY.arms,
     reference="muon",
     seeds=(1, 2, 3),
-    columns=qk_clip.STUDY.columns,
+    columns=(*qk_clip.STUDY.columns, "clipping_end", "last_clip"),
     curves=("max_logit", "clipping", "difference"),
 )
 

@@ -11,6 +11,7 @@ from components.arm.component import arm
 from components.compare.component import compare
 from components.corpus.component import corpus
 from components.ingest.component import ingest
+from components.pretrain.component import pretrain
 from components.rephrase.component import rephrase
 from components.report.component import report
 from components.study.component import study
@@ -25,7 +26,7 @@ def study_pipeline(definition: StudyConfig) -> Any:
 
     @dsl.pipeline(name=definition.name.replace("_", "-"), description=definition.title)
     def ablation(preset: str = "tiny", overrides: str = "", run: str = "") -> None:
-        """Compare arms of one pretraining over several seeds.
+        """Compare arms over several seeds.
 
         Args:
             preset: What the study's setting starts from: nano, tiny, small, moonlight-16b or k2-1t.
@@ -41,34 +42,42 @@ def study_pipeline(definition: StudyConfig) -> Any:
             clean = place(ingest(config=config, corpus=raw), "ingest").outputs["artifact"]
             diverse = place(rephrase(config=config, documents=clean), "rephrase").outputs["artifact"]
             tokens = place(tokenize(config=config, documents=diverse, heldout=clean), "tokenize").outputs["artifact"]
+            start = tokens
+            if definition.stage == "tune":
+                start = place(pretrain(config=config, tokens=tokens), "pretrain").outputs["artifact"]
 
-            def trained(label: str, fields: dict[str, Any], tune: str = "", candidates: Sequence[Any] = ()) -> Any:
+            def trained(
+                label: str, fields: dict[str, Any], start: Any, tune: str = "", candidates: Sequence[Any] = ()
+            ) -> Any:
                 task = arm(
+                    definition=document,
                     config=config,
                     label=label,
                     fields=json.dumps(fields, sort_keys=True),
                     tune=tune,
                     candidates=list(candidates),
-                    tokens=tokens,
+                    start=start,
                 )
-                return place(task, "pretrain").set_display_name(label).outputs["Output"]
+                return place(task, "pretrain").set_display_name(label).outputs
 
             sweep, tried = definition.sweep, {}
             for each in definition.arms if sweep else ():
                 tried[each.name] = [
-                    trained(run_label(each.name, seed, value), each.fields | {sweep.field: value, "seed": seed})
+                    trained(run_label(each.name, seed, value), each.fields | {sweep.field: value, "seed": seed}, start)[
+                        "Output"
+                    ]
                     for value, seed in product(sweep.values[each.name], sweep.seeds)
                 ]
-            runs = [
-                trained(
+            made: dict[str, Any] = {}
+            for each, seed in product(definition.arms, definition.seeds):
+                made[run_label(each.name, seed)] = trained(
                     run_label(each.name, seed),
                     each.fields | {"seed": seed},
+                    made[run_label(each.after, seed)]["artifact"] if each.after else start,
                     sweep.field if sweep else "",
                     tried.get(each.name, ()),
                 )
-                for each, seed in product(definition.arms, definition.seeds)
-            ]
-            runs = [*chain.from_iterable(tried.values()), *runs]
+            runs = [*chain.from_iterable(tried.values()), *(outputs["Output"] for outputs in made.values())]
             last = place(compare(definition=document, config=config, runs=runs), "report")
             last.set_display_name("Compare the arms")
 

@@ -96,7 +96,10 @@ def test_no_peak_is_lost_and_clipping_is_counted_where_it_happened() -> None:
     assert result["values"]["max_logit"]["mean"] == 500.0
     assert result["values"]["median_logit"]["mean"] == 1.0
     assert result["values"]["clipped_heads"]["mean"] == 0.25
-    assert result["values"]["clipping_late"]["mean"] == 0.5
+    assert result["values"]["clipping_late"]["mean"] == result["values"]["clipping_end"]["mean"] == 0.5
+    assert result["values"]["last_clip"]["mean"] == 1.0
+    stopped = training_of(NANO, report([5.0] * 400, logits, clipped[200:] + [0] * 200), 5.0)
+    assert (stopped.last_clip(), training(0.04).last_clip()) == (0.5, 0.0)
     assert result["curves"]["clipping"]["mean"][:3] == [0.0, 0.0, 0.0]
 
 

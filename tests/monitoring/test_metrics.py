@@ -55,7 +55,7 @@ def test_names_have_the_prefix_and_a_base_unit_and_labels_are_bounded() -> None:
         family = names[0]
         assert re.fullmatch(r"k2_[a-z_]+", family)
         assert any(name.endswith(BASE_UNITS) for name in names), names
-        assert collector._labelnames in (("stage", "run"), ("stage", "run", "layer"))
+        assert collector._labelnames in [("stage", "run", *more) for more in ((), ("layer",), ("projection",))]
 
 
 def test_progress_becomes_metrics_that_parse() -> None:
@@ -65,6 +65,7 @@ def test_progress_becomes_metrics_that_parse() -> None:
     progress.update(2, 4, "steps", grad_norm=0.5, update_rms=0.19, gammas=[1.0, 0.99])
     progress.event("qk_clip", step=2, heads=3, max_logit=101.0)
     progress.event("loss_spike", step=3, reason="up")
+    progress.event("spectral_norms", step=3, largest={"q_b_proj": 7.0})
     labels = {"stage": "pretrain", "run": "r1"}
     assert value("k2_stage_progress_ratio", **labels) == 0.5
     assert value("k2_loss", **labels) == 8.0
@@ -73,6 +74,7 @@ def test_progress_becomes_metrics_that_parse() -> None:
     assert value("k2_expert_load_imbalance_ratio", **labels, layer="0") == 1.25
     assert value("k2_qk_clip_total", **labels) == 3
     assert value("k2_loss_spikes_total", **labels) == 1
+    assert value("k2_spectral_norm_max", **labels, projection="q_b_proj") == 7.0
     assert value("k2_gradient_norm", **labels) == 0.5
     assert value("k2_update_rms", **labels) == 0.19
     assert value("k2_qk_clip_gamma_ratio", **labels, layer="1") == 0.99

@@ -42,7 +42,7 @@ def test_a_study_that_failed_names_the_arm(store: Store, make_artifact: Callable
     write_stage_record(store, "r", {"stage": "tau-1.2", "status": "failed", "error": {"message": "loss nan"}})
     page = render_report(store, Run("r", "tiny", "failed", 1.0), read_run(store, "r"))
     assert "tau-1.2 failed" in page
-    assert "Pretrain one arm of the study" in page
+    assert "Train one arm of the study" in page
     assert "compare did not run" in page
     assert "Reinforcement learning" not in page
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from kfp import compiler, local
 
-from k2.ablations.arms import arm_config, study_config
+from k2.ablations.arms import arm_config, shared_section, study_config
 from k2.ablations.page import files, rows
 from k2.commands.run import PIPELINES
 from k2.config.ablations import ArmConfig, StudyConfig
@@ -41,7 +41,7 @@ def test_every_arm_is_valid_and_unlike_the_others(name: str) -> None:
     study = definition(name)
     assert len(study.seeds) >= 3
     for preset in ("tiny", "small", "k2-1t"):
-        shared = study_config(study, preset, {}).pretrain
+        shared = shared_section(study, study_config(study, preset, {}))
         arms = [arm_config(shared, arm.fields, 1).model_dump_json() for arm in study.arms]
         assert len(set(arms)) == len(arms)
 
@@ -59,6 +59,7 @@ def test_a_task_per_training_and_one_comparison_of_all(name: str, tmp_path: Path
     assert set(arms) == {*study.labels, *study.sweep_labels}
     compared = tasks["compare"]["inputs"]["parameters"]["runs"]["runtimeValue"]["constant"]
     assert len(compared) == len(arms)
+    assert [arm["inputs"]["artifacts"]["start"]["taskOutputArtifact"]["producerTask"] for arm in arms.values()]
     for arm in study.arms:
         tuned = arms[f"{arm.name}.{study.seeds[0]}"]["inputs"]["parameters"]["candidates"]["runtimeValue"]["constant"]
         assert len(tuned) == len(study.candidates(arm.name))
@@ -110,7 +111,7 @@ def test_the_documents_show_what_the_pipeline_made(path: Path) -> None:
 
 
 def test_the_page_shows_the_committed_tables() -> None:
-    text = (ROOT / "docs" / "ablations.md").read_text()
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("ablations.md", "rl-vs-sft.md"))
     assert SHOWN
     for path in SHOWN:
         assert markdown_table(rows(json.loads(path.read_text()))) in text, path.stem

@@ -8,9 +8,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from k2.config.ablations import StudyConfig
+from k2.config.base import Section
 from k2.config.k2 import K2Config
 from k2.config.load import load_config, merge
-from k2.config.pretrain import PretrainConfig
+from k2.config.tune import TuneConfig
 from k2.errors import UserError
 from k2.store.artifacts import Artifact
 
@@ -24,15 +25,20 @@ def study_config(study: StudyConfig, preset: str, overrides: Mapping[str, Any], 
     return load_config(preset, merge(study.settings.get(preset, {}), overrides) | {"run": run})
 
 
-def arm_config(shared: PretrainConfig, fields: Mapping[str, Any], seed: int) -> PretrainConfig:
-    """The shared pretraining with an arm's fields and a seed.
+def shared_section(study: StudyConfig, config: K2Config) -> Section:
+    """What all arms have in common: the preset's pretraining, or the defaults of training that follows it."""
+    return config.pretrain if study.stage == "pretrain" else TuneConfig()
+
+
+def arm_config(shared: Section, fields: Mapping[str, Any], seed: int) -> Section:
+    """The shared section with an arm's fields and a seed.
 
     Raises:
         UserError: a field does not exist or does not fit the others.
     """
     values = merge(shared.model_dump(mode="json"), fields) | {"seed": seed}
     try:
-        return PretrainConfig.model_validate(values)
+        return type(shared).model_validate(values)
     except ValidationError as error:
         raise UserError(f"arm with {dict(fields)}: {error}") from None
 

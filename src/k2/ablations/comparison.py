@@ -9,11 +9,12 @@ Letters in shapes: S rows of a history, G points of a grid.
 from collections.abc import Callable, Mapping, Sequence
 from math import exp, log, sqrt
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy.stats import t as student
 
+from k2.ablations.answers import RATES, Answers
 from k2.ablations.training import LATE, Floats, Training
 from k2.config.ablations import StudyConfig, run_label
 from k2.model.layout import flops_per_token, parameter_counts
@@ -25,14 +26,43 @@ LONG_CONTEXT = 131_072
 
 Estimate = dict[str, Any]
 Values = Sequence[float | None]
+T = TypeVar("T")
 
 
 def compare(study: StudyConfig, trainings: Mapping[str, Training]) -> dict[str, Any]:
     """Everything the table and the figures show, JSON-ready; `trainings` by label, those of the sweep included."""
-    runs = {arm.name: [trainings[run_label(arm.name, seed)] for seed in study.seeds] for arm in study.arms}
+    runs = by_arm(study, trainings)
     end = min(training.cost_S(study.axis)[-1] for group in runs.values() for training in group)
     grid_G = _grid(study, runs, end)
     reference = runs[study.reference]
+    return _heading(study) | {
+        "grid": grid_G.tolist(),
+        "arms": [{"name": name} | _arm(study, group, reference, grid_G) for name, group in runs.items()],
+        "sweep": {arm.name: _sweep(study, trainings, arm.name) for arm in study.arms} if study.sweep else {},
+    }
+
+
+def compare_answers(study: StudyConfig, answers: Mapping[str, Answers]) -> dict[str, Any]:
+    """The same of arms that answered held-out problems: pass rates, and their differences paired by seed."""
+    runs = {name: [one.rates() for one in group] for name, group in by_arm(study, answers).items()}
+    reference = runs[study.reference]
+    arms = []
+    for name, group in runs.items():
+        values = {rate: [one[rate] for one in group] for rate in RATES}
+        differences = {
+            f"{rate}_difference": [one[rate] - other[rate] for one, other in zip(group, reference, strict=True)]
+            for rate in RATES
+        }
+        arms.append({"name": name, "values": {key: estimate(each) for key, each in (values | differences).items()}})
+    return _heading(study) | {"grid": [], "arms": arms, "sweep": {}}
+
+
+def by_arm(study: StudyConfig, made: Mapping[str, T]) -> dict[str, list[T]]:
+    """What was made by label, as one list over the seeds for each arm."""
+    return {arm.name: [made[run_label(arm.name, seed)] for seed in study.seeds] for arm in study.arms}
+
+
+def _heading(study: StudyConfig) -> dict[str, Any]:
     return {
         "name": study.name,
         "title": study.title,
@@ -42,9 +72,6 @@ def compare(study: StudyConfig, trainings: Mapping[str, Training]) -> dict[str, 
         "seeds": list(study.seeds),
         "columns": list(study.columns),
         "figures": list(study.curves),
-        "grid": grid_G.tolist(),
-        "arms": [{"name": name} | _arm(study, group, reference, grid_G) for name, group in runs.items()],
-        "sweep": {arm.name: _sweep(study, trainings, arm.name) for arm in study.arms} if study.sweep else {},
     }
 
 
@@ -98,6 +125,8 @@ METRICS: Mapping[str, Callable[[Training], float]] = {
     "clipped_heads": lambda one: float((one.counts_NH > 0).mean()),
     "clipping_peak": lambda one: float(one.clipping_by_quarter().max()),
     "clipping_late": lambda one: float(one.clipping_by_quarter()[-1]),
+    "clipping_end": lambda one: float(one.clipped_S[-max(1, len(one.clipped_S) // 10) :].mean()),
+    "last_clip": lambda one: one.last_clip(),
 }
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from k2.ablations.arms import arm_config, best_candidate, study_config
+from k2.ablations.arms import arm_config, best_candidate, shared_section, study_config
 from k2.config.ablations import StudyConfig
 from k2.config.k2 import K2Config
 from k2.config.load import parse_document
 from k2.errors import UserError
 from k2.execution.component import deliver, recorded
+from k2.execution.registry import stage_spec
 from k2.monitoring.events import progress_for
 from k2.processes import end_with_run
 from k2.store.artifacts import open_uri
@@ -26,43 +27,47 @@ def resolve(definition: str, preset: str, overrides: str, run: str) -> str:
         study = StudyConfig.model_validate_json(definition)
         config = study_config(study, preset, parse_document(overrides, "overrides"), run)
         for arm in study.arms:
-            arm_config(config.pretrain, arm.fields, study.seeds[0])
+            arm_config(shared_section(study, config), arm.fields, study.seeds[0])
     except (UserError, ValidationError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     # A terminal shows a row for each from the beginning.
-    stages = ["corpus", "ingest", "rephrase", "tokenize", *study.sweep_labels, *study.labels, "compare"]
+    shared = ["corpus", "ingest", "rephrase", "tokenize"] + (["pretrain"] if study.stage == "tune" else [])
+    stages = [*shared, *study.sweep_labels, *study.labels, "compare"]
     progress_for("run").event("planned", stages=stages)
     return config.model_dump_json()
 
 
 def run_arm(
+    definition: str,
     config_json: str,
     label: str,
     fields: str,
     tune: str,
     candidates: list[str],
-    tokens: Any,
+    start: Any,
     artifact: Any,
     metrics: Any,
 ) -> str:
-    """Run the stage `pretrain` for one arm and seed; returns the URI of its checkpoint.
+    """Run the study's stage for one arm and seed; returns the URI of its checkpoint.
 
     Args:
         config_json: the configuration that all arms share.
         label: name of this training in the run's record.
-        fields: JSON of the fields of `pretrain` in which it differs, its seed among them.
-        tune: the field of `pretrain` that is taken from the best of `candidates`, URIs of earlier trainings.
+        fields: JSON of the fields of the stage in which it differs, its seed among them.
+        start: manifest file of what it begins with: tokens, or a checkpoint.
+        tune: the field that is taken from the best of `candidates`, URIs of earlier trainings.
     Raises:
         SystemExit: 2 for a user error, 1 for any other; the error is in the run's record.
     """
-    config = K2Config.model_validate_json(config_json)
+    config, study = K2Config.model_validate_json(config_json), StudyConfig.model_validate_json(definition)
     own = json.loads(fields)
     if candidates:
         store = Store.from_environment()
         own[tune] = best_candidate([open_uri(store, uri) for uri in candidates], tune)
-    section = arm_config(config.pretrain, own, own.pop("seed"))
-    outcome = recorded("pretrain", section, {"tokens": Path(tokens.path).read_text()}, config.run, label, config.preset)
+    section = arm_config(shared_section(study, config), own, own.pop("seed"))
+    (name,) = stage_spec(study.stage).inputs
+    outcome = recorded(study.stage, section, {name: Path(start.path).read_text()}, config.run, label, config.preset)
     deliver(outcome, artifact, metrics)
     return outcome.artifact.uri
 

@@ -24,9 +24,10 @@ CURVES = {
 """Title and label of the vertical axis."""
 
 NOTE = "Lines are means over the seeds, bands reach from the lowest seed to the highest."
-INTERVALS = (
-    "Mean [95% t interval over the seeds]; differences and ratios are paired by seed. Training losses at a cost, and"
-    " costs to a loss, are read from a line of the loss over the logarithm of the cost, fitted to the second half."
+INTERVALS = "Mean [95% t interval over the seeds]; differences and ratios are paired by seed."
+LINES = (
+    " Training losses at a cost, and costs to a loss, are read from a line of the loss over the logarithm of the cost,"
+    " fitted to the second half."
 )
 
 
@@ -55,6 +56,16 @@ COLUMNS: Mapping[str, tuple[str, Callable[[float], str]]] = {
     "clipped_heads": ("heads ever clipped", _percent),
     "clipping_peak": ("heads clipped per step, busiest quarter", _percent),
     "clipping_late": ("heads clipped per step, last quarter", _percent),
+    "clipping_end": ("heads clipped per step, last tenth", _percent),
+    "last_clip": ("last clip after", _percent),
+    "covered_sampled": ("covered, sampled", _fixed(3)),
+    "covered_greedy": ("covered, greedy", _fixed(3)),
+    "uncovered_sampled": ("uncovered, sampled", _fixed(3)),
+    "uncovered_greedy": ("uncovered, greedy", _fixed(3)),
+    "covered_sampled_difference": ("covered, sampled − {reference}", _fixed(3)),
+    "covered_greedy_difference": ("covered, greedy − {reference}", _fixed(3)),
+    "uncovered_sampled_difference": ("uncovered, sampled − {reference}", _fixed(3)),
+    "uncovered_greedy_difference": ("uncovered, greedy − {reference}", _fixed(3)),
 }
 """Heading and format of a column."""
 
@@ -97,11 +108,30 @@ def _cell(arm: Mapping[str, Any], column: str) -> str:
 
 
 def figures(study: Study) -> dict[str, Markup]:
-    """Every figure by name: differences of held-out losses with intervals, then the curves that the study asks for."""
+    """Every figure by name: pass rates, or differences of held-out losses and the curves that the study asks for."""
+    if _answered(study):
+        return {"pass_rates": _pass_rates(study)}
     title, label = f"{study['title']}: held-out loss", f"nats per token less {study['reference']}'s"
     differences = [_interval(name, arm["values"]["difference"]) for name, arm in _arms(study)]
     heldout = dot_plot(title, [("held-out loss", differences)], x_label=label)
     return {"heldout": heldout} | {name: _curve(study, name) for name in study["figures"]}
+
+
+def _answered(study: Study) -> bool:
+    """Whether arms answered problems; else they were pretrained."""
+    return list(study["figures"]) == ["pass_rates"]
+
+
+def _pass_rates(study: Study) -> Markup:
+    groups = [
+        (COLUMNS[rate][0], [_interval(name, arm["values"][rate]) for name, arm in _arms(study)])
+        for rate in ("covered_sampled", "covered_greedy", "uncovered_sampled", "uncovered_greedy")
+    ]
+    return dot_plot(study["title"], groups, x_label="held-out pass rate")
+
+
+def _intervals(study: Study) -> str:
+    return INTERVALS if _answered(study) else INTERVALS + LINES
 
 
 def _interval(name: str, value: Mapping[str, Any]) -> Interval:
@@ -121,6 +151,8 @@ def _sides(curve: Mapping[str, list[float]]) -> dict[str, list[float]]:
 
 def caption(study: Study, name: str) -> str:
     """What a figure shows."""
+    if name == "pass_rates":
+        return f"Held-out pass rates: mean and 95% t interval over {len(study['seeds'])} seeds."
     if name == "heldout":
         less = f"less that of {study['reference']}, paired by seed"
         return f"Held-out loss at the end {less}: mean and 95% t interval over {len(study['seeds'])} seeds."
@@ -130,7 +162,7 @@ def caption(study: Study, name: str) -> str:
 
 def markdown(study: Study) -> str:
     """The study's result as a page with links to its figures, without a reading of it."""
-    lines = [f"# {study['title']}", "", study["question"], "", markdown_table(rows(study)), INTERVALS, ""]
+    lines = [f"# {study['title']}", "", study["question"], "", markdown_table(rows(study)), _intervals(study), ""]
     if study["sweep"]:
         lines += ["Tuned on seeds of its own:", "", markdown_table(sweep_rows(study))]
     for name in figures(study):
@@ -142,7 +174,7 @@ def page(study: Study) -> str:
     """The same as one self-contained HTML page."""
     tables = [html_table(table) for table in (rows(study), sweep_rows(study)) if table]
     drawn = [svg_file(svg) + _paragraph(caption(study, name)) for name, svg in figures(study).items()]
-    return html_page(study["title"], _paragraph(study["question"]), *tables, _paragraph(INTERVALS), *drawn)
+    return html_page(study["title"], _paragraph(study["question"]), *tables, _paragraph(_intervals(study)), *drawn)
 
 
 def _paragraph(text: str) -> Markup:
@@ -160,7 +192,7 @@ def study_section(view: StageView) -> Sequence[Block]:
     """The study in a run's report."""
     study = view.report
     header, *body = rows(study)
-    blocks: list[Block] = [Prose(study["question"]), Table(header, body, INTERVALS)]
+    blocks: list[Block] = [Prose(study["question"]), Table(header, body, _intervals(study))]
     if study["sweep"]:
         header, *body = sweep_rows(study)
         blocks.append(Table(header, body, "Tuned on seeds of its own."))

@@ -51,6 +51,10 @@ class Training:
         """Share of heads clipped in a step, mean over each quarter of the training, [4]."""
         return np.array([part.mean() for part in np.array_split(self.clipped_S, round(1 / LATE))])
 
+    def last_clip(self) -> float:
+        """Share of the training after which no head was clipped; 0 if none ever was."""
+        return float(np.flatnonzero(self.clipped_S).max(initial=-1) + 1) / len(self.clipped_S)
+
 
 def read_training(artifact: Artifact) -> Training:
     """A training from its checkpoint artifact."""

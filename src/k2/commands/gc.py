@@ -84,10 +84,10 @@ def apply(digest: str, settle_s: float, as_json: bool) -> None:
 
 def _kinds() -> frozenset[str]:
     """The kinds of artifacts that K2 makes; whatever else is in the bucket is not K2's to remove."""
-    from k2.execution.registry import COMPARE, STAGES
+    from k2.execution.registry import ALL_STAGES
     from k2.interop.publish import KIND
 
-    return frozenset({*STAGES, COMPARE.name, KIND})
+    return frozenset({*ALL_STAGES, KIND})
 
 
 def _text(made: "Plan") -> str:

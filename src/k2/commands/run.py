@@ -15,6 +15,7 @@ PIPELINES = (
     "ablations/muonclip_vs_adamw",
     "ablations/sparsity",
     "ablations/heads",
+    "ablations/rl_vs_sft",
 )
 """Files of `pipelines/` that run on a preset alone."""
 

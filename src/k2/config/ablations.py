@@ -25,15 +25,28 @@ Column = Literal[
     "clipped_heads",
     "clipping_peak",
     "clipping_late",
+    "clipping_end",
+    "last_clip",
+    "covered_sampled",
+    "covered_greedy",
+    "uncovered_sampled",
+    "uncovered_greedy",
+    "covered_sampled_difference",
+    "covered_greedy_difference",
+    "uncovered_sampled_difference",
+    "uncovered_greedy_difference",
 ]
-Curve = Literal["loss", "difference", "max_logit", "clipping"]
+Curve = Literal["loss", "difference", "max_logit", "clipping", "pass_rates"]
 
 
 class ArmConfig(Section):
-    """One way to pretrain."""
+    """One way to train."""
 
     name: str = setting(..., "what tables, figures and task names call it", pattern=r"^[a-z0-9][a-z0-9.-]{0,15}$")
-    fields: Fields = setting({}, "fields of `pretrain` in which it differs from the study's setting")
+    fields: Fields = setting({}, "fields of the stage in which it differs from the study's setting")
+    after: str | None = setting(
+        None, "stage `tune`: the arm above whose checkpoint, of the same seed, it goes on from; null for pretraining's"
+    )
 
 
 class SweepConfig(Section):
@@ -53,6 +66,9 @@ class StudyConfig(Section):
     settings: dict[str, Fields] = setting(
         {}, "preset -> fields over it that hold for every arm; others run as they are"
     )
+    stage: Literal["pretrain", "tune"] = setting(
+        "pretrain", "what an arm runs: pretraining, or training that follows it"
+    )
     arms: tuple[ArmConfig, ...] = setting(..., "the arms", min_length=2)
     reference: str = setting(..., "the arm that differences and ratios are taken against")
     seeds: tuple[int, ...] = setting(
@@ -70,6 +86,9 @@ class StudyConfig(Section):
             raise ValueError(f"arms must have names of their own, got {', '.join(names)}")
         if self.reference not in names:
             raise ValueError(f"reference {self.reference!r} must be one of the arms {', '.join(names)}")
+        for place, arm in enumerate(self.arms):
+            if arm.after is not None and (self.stage == "pretrain" or arm.after not in names[:place]):
+                raise ValueError(f"{arm.name}.after: {arm.after!r} must be an arm above, in a study of the stage tune")
         if self.sweep and set(self.sweep.seeds) & set(self.seeds):
             raise ValueError("sweep.seeds must take no part in seeds")
         if self.sweep and set(self.sweep.values) != set(names):

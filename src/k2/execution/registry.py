@@ -94,7 +94,13 @@ STAGES: Mapping[str, StageSpec] = {spec.name: spec for spec in _SPECS}
 COMPARE = StageSpec("compare", "Compare the arms of a study", collects=True)
 """Ends an ablation study; no part of the recipe."""
 
+TUNE = StageSpec("tune", "Train one arm of a study", {"model": "pretrain"}, ("reasoning_gym",))
+"""An arm of a study that goes on from a checkpoint, of pretraining or another arm."""
+
+ALL_STAGES: Mapping[str, StageSpec] = {**STAGES, COMPARE.name: COMPARE, TUNE.name: TUNE}
+"""Of the recipe or not."""
+
 
 def stage_spec(stage: str) -> StageSpec:
-    """The specification of any stage, of the recipe or not."""
-    return COMPARE if stage == COMPARE.name else STAGES[stage]
+    """The specification of any stage."""
+    return ALL_STAGES[stage]

@@ -45,6 +45,9 @@ ATTENTION_LOGIT_ALLOWED = _gauge("attention_logit_allowed_max", "QK-Clip's tau: 
 QK_CLIP_GAMMA = _gauge("qk_clip_gamma_ratio", "Smallest factor of QK-Clip in the last step; 1 clips nothing.", _LAYER)
 GRADIENT_NORM = _gauge("gradient_norm", "Global 2-norm of the last step's gradient, before clipping.")
 UPDATE_RMS = _gauge("update_rms", "Root mean square of Muon's last update, before the learning rate.")
+SPECTRAL_NORM = _gauge(
+    "spectral_norm_max", "Largest of the heads' spectral norms, as last measured.", (*_LABELS, "projection")
+)
 EXPERT_FLOOR = _gauge("expert_load_floor_ratio", "Idlest expert's load over the mean; 0 is a dead expert.", _LAYER)
 EXPERT_IMBALANCE = _gauge("expert_load_imbalance_ratio", "Busiest expert's load over the mean; 1 is balance.", _LAYER)
 REWARD = _gauge("reward", "Mean reward of the last RL step.")
@@ -125,6 +128,9 @@ class StageMetrics:
             SKIPPED_UPDATES.labels(self._stage, self._run).inc()
         elif kind == "loss_spike":
             LOSS_SPIKES.labels(self._stage, self._run).inc()
+        elif kind == "spectral_norms":
+            for projection, norm in values["largest"].items():
+                SPECTRAL_NORM.labels(self._stage, self._run, projection).set(norm)
         elif kind == "checkpoint":
             CHECKPOINT_TIME.labels(self._stage, self._run).set_to_current_time()
         elif kind == "stage_finished" and values.get("cached"):

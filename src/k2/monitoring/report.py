@@ -8,7 +8,7 @@ from typing import Any
 
 from k2.ablations.page import study_section
 from k2.errors import StageError, UserError
-from k2.execution.registry import COMPARE, STAGES, stage_spec
+from k2.execution.registry import ALL_STAGES, COMPARE, STAGES
 from k2.monitoring.blocks import Block, Missing, Preformatted, Section, StageView
 from k2.monitoring.data_sections import corpus_section, rephrase_section, trajectory_section
 from k2.monitoring.format import duration
@@ -189,7 +189,7 @@ def timeline(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def stage_title(stage: str) -> str:
     """What a stage does; a training of a study says which it is by its name."""
-    return stage_spec(stage).title if stage in (*STAGES, COMPARE.name) else "Pretrain one arm of the study"
+    return ALL_STAGES[stage].title if stage in ALL_STAGES else "Train one arm of the study"
 
 
 HEADLINE = (
