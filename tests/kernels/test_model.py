@@ -1,6 +1,7 @@
 """The whole model through the kernels, in the interpreter, against its torch path: one switch between them."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +131,18 @@ def test_without_a_gpu_torch_runs_and_the_log_says_so_once(monkeypatch, caplog):
     ]
 
 
-def test_float64_is_left_to_torch():
-    use_kernels("triton")
-    assert backend.kernels_for(torch.ones(2, dtype=torch.float64)) is None
+@pytest.mark.parametrize(
+    ("choice", "dtype", "elementwise", "taken"),
+    [
+        ("auto", torch.bfloat16, False, True),
+        ("auto", torch.float32, False, False),
+        ("auto", torch.float32, True, True),
+        ("triton", torch.float32, False, True),
+        ("triton", torch.float64, True, False),
+        ("torch", torch.bfloat16, True, False),
+    ],
+)
+def test_what_the_kernels_take_on_a_gpu(choice, dtype, elementwise, taken):
+    use_kernels(choice)
+    kernels = backend.kernels_for(SimpleNamespace(is_cuda=True, dtype=dtype), elementwise=elementwise)
+    assert (kernels is not None) == taken

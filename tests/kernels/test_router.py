@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from k2.kernels.experts import arrange
 from k2.kernels.router import reference, route
 
 SHAPES = [(1, 1, 1), (1, 8, 8), (21, 13, 3), (40, 64, 8), (17, 6, 1), (0, 4, 2)]
@@ -46,3 +47,12 @@ def test_nan_stays_in_bounds_and_is_chosen_last():
     assert result.experts_TS[2].tolist() == [5, 0]
     assert sorted(result.source_N.tolist()) == list(range(8))
     assert result.weights_TS[[0, 3]].isfinite().all()
+
+
+def test_experts_that_another_rank_chose_are_arranged_alike():
+    chosen = route(torch.randn(37, 9), torch.zeros(9), 3, 1.0)
+    rows = arrange(chosen.experts_TS.long(), 9)
+    assert torch.equal(rows.slots_TS, chosen.slots_TS)
+    assert torch.equal(rows.source_N, chosen.source_N)
+    assert torch.equal(rows.tokens_N, chosen.source_N // 3)
+    assert torch.equal(rows.offsets_E, chosen.offsets_E)

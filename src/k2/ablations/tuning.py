@@ -35,7 +35,8 @@ class Tuning:
 
     def __init__(self, config: TuneConfig, tokenizer: Tokenizer, progress: Progress) -> None:
         self.config, self.tokenizer, self.progress = config, tokenizer, progress
-        self._sft, self._rl = (part.model_copy(update={"seed": config.seed}) for part in (config.sft, config.rl))
+        seed = {"seed": config.seed}
+        self._sft, self._rl = config.sft.model_copy(update=seed), config.rl.model_copy(update=seed)
 
     def run(self, model: Transformer, work: WorkArea | None = None) -> None:
         """Train `model`; supervision and RL go on from what is in `work`, rejection sampling begins anew.

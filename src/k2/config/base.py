@@ -34,7 +34,9 @@ class TrainingSection(StageSection):
     """The configuration of one stage that trains the model."""
 
     kernels: Kernels = setting(
-        "auto", "auto: Triton on CUDA, torch elsewhere; last bits differ, as between devices", semantic=False
+        "auto",
+        "auto: Triton for half precision on CUDA, torch for the rest (last bits differ)",
+        semantic=False,
     )
 
 

@@ -13,25 +13,28 @@ from torch import Tensor
 
 from k2.config.base import Kernels
 
-KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+"""What the tiles of matrix products are made for: twice as wide operands do not fit."""
 
 _log = logging.getLogger(__name__)
 _choice: Kernels = "auto"
 
 
 def use_kernels(choice: Kernels) -> None:
-    """Choose for all that follows: `auto` takes Triton for tensors on a CUDA GPU and torch for others."""
+    """Choose for all that follows: `auto` takes Triton for half precision on a CUDA GPU and torch for the rest."""
     global _choice
     _choice = choice
 
 
-def kernels_for(x: Tensor) -> Any:
-    """`k2.kernels.operations` if Triton is to work on `x`, else None; float64 is torch's anywhere.
+def kernels_for(x: Tensor, *, elementwise: bool = False) -> Any:
+    """`k2.kernels.operations` if Triton is to work on `x`, else None.
 
+    Of `auto`, float32 is left to torch unless the kernel is `elementwise`; float64 is torch's anywhere.
     Where Triton was asked for and there is no GPU, the log says once that torch runs, unless TRITON_INTERPRET=1 has
     kernels interpreted. On a GPU there is no way back: a kernel that is missing or cannot run raises.
     """
-    if _choice == "torch" or x.dtype not in KERNEL_TYPES or not (x.is_cuda or _interprets()):
+    wide = x.dtype == torch.float32 and (elementwise or _choice == "triton")
+    if _choice == "torch" or not (wide or x.dtype in HALF) or not (x.is_cuda or _interprets()):
         return None
     from k2.kernels import operations
 

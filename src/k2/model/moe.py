@@ -71,7 +71,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> Routing:
         """Choose S experts per token."""
         logits_TE: Tensor = _RouterLogits.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
-        if self.kernel_fits and (kernels := kernels_for(logits_TE)):
+        if self.kernel_fits and (kernels := kernels_for(x_TD)):
             return Routing(*kernels.routed(logits_TE, self.e_score_correction_bias, self.choices, self.scaling))
         scores_TE = logits_TE.sigmoid()
         experts_TS = self._choose(scores_TE.detach() + self.e_score_correction_bias)

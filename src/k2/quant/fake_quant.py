@@ -34,7 +34,7 @@ def fake_quantize(group_size: int) -> WeightTransform:
     """
 
     def transform(weight: Tensor) -> Tensor:
-        if kernels := kernels_for(weight):
+        if kernels := kernels_for(weight, elementwise=True):
             return cast(Tensor, kernels.fake_quantize(weight, group_size))
         result: Tensor = _FakeQuantize.apply(weight, group_size)  # type: ignore[no-untyped-call]
         return result
