@@ -17,10 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from k2.config.base import Kernels
+from k2.config.model import ModelConfig
 from k2.kernels import attention, fp8, grouped_gemm, int4, linear_cross_entropy, rms_norm, router, swiglu, symmetric
 from k2.kernels.attention import Documents
 from k2.kernels.budgets import committed, launches
 from k2.kernels.roofline import roofline
+from k2.model.backend import use_kernels
+from k2.model.mla import attention_context
+from k2.model.transformer import DecoderLayer
 from k2.optim.schemes import SCHEMES
 from k2.quant.int4 import dequantize, pack, quantize
 
@@ -83,6 +88,7 @@ def cases(sizes: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
     yield fake_quantize_case(sizes, draw)
     yield int4_case(sizes, draw)
     yield fp8_case(sizes, draw)
+    yield layer_case(sizes, draw, device)
 
 
 def grouped_case(s: Sizes, draw: Callable[..., Tensor], device: str) -> Case:
@@ -227,6 +233,28 @@ def fp8_case(s: Sizes, draw: Callable[..., Tensor]) -> Case:
         "FP8 tiles, quantise and dequantise", lambda: fp8.dequantize(*fp8.quantize(x), x.dtype),
         {"torch": lambda: fp8.reference_dequantize(*fp8.reference_quantize(x), x.dtype)},
         ("fp8.quantize", "fp8.dequantize"),
+    )  # fmt: skip
+
+
+def layer_case(s: Sizes, draw: Callable[..., Tensor], device: str) -> Case:
+    """A whole MoE layer of the model with the local experts, by the switch that training uses."""
+    config = ModelConfig(
+        hidden_size=s.hidden, moe_intermediate_size=s.width, first_k_dense_replace=0, num_attention_heads=s.heads,
+        qk_nope_head_dim=s.content, qk_rope_head_dim=s.rotary, v_head_dim=s.content, n_routed_experts=s.local_experts,
+        num_experts_per_tok=s.choices, q_lora_rank=min(1536, s.hidden), kv_lora_rank=min(512, s.hidden),
+    )  # fmt: skip
+    layer, x = DecoderLayer(config, 0).to(device), draw(1, s.tokens, s.hidden)
+    for parameter in layer.parameters():
+        parameter.data = draw(*parameter.shape, grad=False)
+
+    def through(choice: Kernels) -> Tensor:
+        use_kernels(choice)
+        output: Tensor = layer(x, attention_context(config, x[..., 0], x.dtype))[0]
+        return output
+
+    return Case(
+        "a layer of the model, forward and backward", lambda: through("triton"), {"torch": lambda: through("torch")},
+        (), (x, *layer.parameters()),
     )  # fmt: skip
 
 

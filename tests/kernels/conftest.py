@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ for name in [name for name in sys.modules if name.startswith(("triton", "k2.kern
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
-    """Every test draws the same numbers in any order, and none compares a reference with itself."""
+def seeded() -> Iterator[None]:
+    """Every test draws the same numbers in any order, none compares a reference with itself, or chooses for others."""
     from k2.kernels import runtime
+    from k2.model.backend import use_kernels
 
     assert runtime.INTERPRETING
     torch.manual_seed(0)
+    yield
+    use_kernels("auto")

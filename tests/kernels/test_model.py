@@ -24,12 +24,6 @@ EMPTY = 3
 """An expert that no token chooses."""
 
 
-@pytest.fixture(autouse=True)
-def switched_back():
-    yield
-    use_kernels("auto")
-
-
 def draw_model(**options):
     model = Transformer(CONFIG, **options).initialize(3)
     with torch.no_grad():

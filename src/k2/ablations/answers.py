@@ -25,7 +25,7 @@ class Answers:
     @classmethod
     def of(cls, answers: Mapping[str, Any]) -> "Answers":
         """From the content of `answers.json`."""
-        passes = {mode: np.array(answers[mode], dtype=np.float64) for mode in MODES}
+        passes: dict[str, NDArray[np.float64]] = {mode: np.array(answers[mode], dtype=np.float64) for mode in MODES}
         return cls(answers["prompts"], np.array(answers["covered"], dtype=np.bool_), passes)
 
     def rates(self) -> dict[str, float]:

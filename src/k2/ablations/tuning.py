@@ -47,10 +47,9 @@ class Tuning:
         if self.config.method == "rejection":
             self._reject(model)
         elif self.config.method == "sft":
-            checkpoints = work and Checkpoints(work, self._sft.checkpoint_steps)
-            self._supervise(model, self.demonstrations(), checkpoints)
+            self._supervise(model, self.demonstrations(), _checkpoints(work, self._sft.checkpoint_steps))
         else:
-            checkpoints = work and Checkpoints(work, self._rl.checkpoint_iterations * self._rl.updates)
+            checkpoints = _checkpoints(work, self._rl.checkpoint_iterations * self._rl.updates)
             Trainer(self._rl, model, self.tokenizer, RuleCritic()).run(checkpoints, self.progress)
 
     def demonstrations(self) -> list[EncodedChat]:
@@ -118,3 +117,7 @@ class Tuning:
             EncodedChat([*prompt, *response], [False] * len(prompt) + [True] * len(response))
             for prompt, response in dict.fromkeys(right)
         ]
+
+
+def _checkpoints(work: WorkArea | None, interval: int) -> Checkpoints | None:
+    return None if work is None else Checkpoints(work, interval)
