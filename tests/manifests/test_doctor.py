@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 from k2.cli import main
 from k2.commands import doctor
-from k2.commands.doctor import NEEDED
+from k2.commands.doctor import NEEDED, SANDBOX, Rights
 from tests.manifests.render import ROOT, kustomize
 
 RUNNER = "system:serviceaccount:kubeflow:pipeline-runner"
@@ -87,9 +87,10 @@ def grants(rule: dict[str, Any], wanted: dict[str, str]) -> bool:
     )
 
 
-def launcher_rules() -> list[dict[str, Any]]:
-    roles = {each["metadata"]["name"]: each for each in kustomize("manifests/overlays/prod") if each["kind"] == "Role"}
-    rules: list[dict[str, Any]] = json.loads(json.dumps(roles["k2-launcher"]["rules"]))
+def launcher_rules(role: str = "k2-launcher", overlay: str = "prod") -> list[dict[str, Any]]:
+    objects = kustomize(f"manifests/overlays/{overlay}")
+    roles = {each["metadata"]["name"]: each for each in objects if each["kind"] == "Role"}
+    rules: list[dict[str, Any]] = json.loads(json.dumps(roles[role]["rules"]))
     return rules
 
 
@@ -191,12 +192,30 @@ def test_no_credentials_is_a_user_error(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "KUBECONFIG" in output
 
 
-def test_the_role_grants_exactly_what_the_doctor_asks_for() -> None:
+def test_sandboxes_need_rights_and_a_runtime_class_that_is_there(cluster: Cluster, tmp_path: Path) -> None:
+    deployment = yaml.safe_load((ROOT / "manifests" / "overlays" / "dev" / "deployment.yaml").read_text())
+    (tmp_path / "d.yaml").write_text(yaml.safe_dump(deployment | {"sandbox": {"runtime_class": "gvisor"}}))
+    asked = ("--account", "pipeline-runner", "--deployment", str(tmp_path / "d.yaml"))
+    code, found, output = diagnose(*asked)
+    assert code == 1
+    assert found["may configmaps in kubeflow"] == ("failed", "missing: create; the Role k2-sandbox grants them")
+    assert found["RuntimeClass gvisor"][0] == "failed"
+    cluster.rules[RUNNER] += launcher_rules("k2-sandbox", "dev")
+    cluster.objects = {"/api/v1/namespaces/kubeflow/secrets/k2-s3", "/apis/node.k8s.io/v1/runtimeclasses/gvisor"}
+    code, found, output = diagnose(*asked)
+    assert code == 0, output
+    assert found["RuntimeClass gvisor"][0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("role", "overlay", "needed"), [("k2-launcher", "prod", NEEDED), ("k2-sandbox", "dev", SANDBOX)]
+)
+def test_a_role_grants_exactly_what_the_doctor_asks_for(role: str, overlay: str, needed: Rights) -> None:
     granted = {
         (group, resource, verb)
-        for rule in launcher_rules()
+        for rule in launcher_rules(role, overlay)
         for group in rule["apiGroups"]
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
-    assert granted == {(group, resource, verb) for group, resource, verbs in NEEDED for verb in verbs}
+    assert granted == {(group, resource, verb) for group, resource, verbs in needed for verb in verbs}

@@ -31,7 +31,8 @@ OPERATORS = {
 NATIVE = "pipelines.kubeflow.org/v2beta1"
 """Served only where Kubeflow Pipelines keeps pipelines as Kubernetes resources."""
 
-NEEDED = (
+Rights = tuple[tuple[str, str, tuple[str, ...]], ...]
+NEEDED: Rights = (
     ("trainer.kubeflow.org", "trainjobs", ("create", "delete", "get", "list")),
     ("batch", "jobs", ("create", "delete", "get", "list")),
     ("", "services", ("create", "get")),
@@ -42,6 +43,13 @@ NEEDED = (
     ("argoproj.io", "workflows", ("get",)),
 )
 """What a launcher step does: API group, resource, verbs. The Role k2-launcher grants exactly this."""
+
+SANDBOX: Rights = (
+    ("", "pods", ("create", "delete", "get")),
+    ("", "pods/log", ("get",)),
+    ("", "configmaps", ("create",)),
+)
+"""What a step that runs sandboxes does; the Role k2-sandbox grants it."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,10 @@ def inspect_cluster(namespace: str, account: str | None, deployment: "Deployment
         for group, what in OPERATORS.items():
             yield Finding(group, "ok" if group in served else "absent", what)
         yield _delivery(served)
-        yield from _rights(api, namespace, {group.partition("/")[0] for group in served})
+        groups = {group.partition("/")[0] for group in served}
+        yield from _rights(api, namespace, groups, "k2-launcher", NEEDED)
+        if deployment is not None and deployment.sandbox:
+            yield from _rights(api, namespace, groups, "k2-sandbox", SANDBOX)
         if deployment is not None:
             yield from _names(api, namespace, deployment)
     except (client.ApiException, HTTPError) as error:
@@ -132,13 +143,13 @@ def _delivery(served: set[str]) -> Finding:
     return Finding("delivery", "ok", "database: `k2 pipeline upload`, or the chart's `delivery: upload`")
 
 
-def _rights(api: Any, namespace: str, groups: set[str]) -> Iterator[Finding]:
-    for group, resource, verbs in NEEDED:
+def _rights(api: Any, namespace: str, groups: set[str], role: str, needed: Rights) -> Iterator[Finding]:
+    for group, resource, verbs in needed:
         if group and group not in groups:
             continue
         name = f"{resource}.{group}" if group else resource
         missing = [verb for verb in verbs if not _allowed(api, namespace, group, resource, verb)]
-        detail = f"missing: {', '.join(missing)}; the Role k2-launcher grants them" if missing else ", ".join(verbs)
+        detail = f"missing: {', '.join(missing)}; the Role {role} grants them" if missing else ", ".join(verbs)
         yield Finding(f"may {name} in {namespace}", "failed" if missing else "ok", detail)
 
 
@@ -159,6 +170,9 @@ def _names(api: Any, namespace: str, deployment: "Deployment") -> Iterator[Findi
     bundle = deployment.network.ca_config_map
     if bundle:
         paths[f"ConfigMap {bundle}"] = f"/api/v1/namespaces/{namespace}/configmaps/{bundle}"
+    if deployment.sandbox and deployment.sandbox.runtime_class:
+        runtime = deployment.sandbox.runtime_class
+        paths[f"RuntimeClass {runtime}"] = f"/apis/node.k8s.io/v1/runtimeclasses/{runtime}"
     for queue in sorted(deployment.queues):
         paths[f"LocalQueue {queue}"] = f"/apis/kueue.x-k8s.io/v1beta2/namespaces/{namespace}/localqueues/{queue}"
     for name, path in paths.items():
