@@ -1,4 +1,4 @@
-"""Which implementation of the model's operations runs: torch's, or the Triton kernels of `k2.kernels`.
+"""Which implementation of the model's operations runs: torch's, the Triton kernels of `k2.kernels`, or its C kernels.
 
 One choice for the process, like its number of threads. Kernels are imported where they run: a CPU needs no Triton.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from k2.config.base import Kernels
+from k2.kernels import cpu
 
 HALF = (torch.bfloat16, torch.float16)
 """What the tiles of matrix products are made for: twice as wide operands do not fit."""
@@ -21,7 +22,7 @@ _choice: Kernels = "auto"
 
 
 def use_kernels(choice: Kernels) -> None:
-    """Choose for all that follows: `auto` takes Triton for half precision on a CUDA GPU and torch for the rest."""
+    """Choose for all that follows: `auto` takes Triton for half precision on a CUDA GPU, C for bfloat16 on a CPU, torch else."""
     global _choice
     _choice = choice
 
@@ -39,6 +40,11 @@ def kernels_for(x: Tensor, *, elementwise: bool = False) -> Any:
     from k2.kernels import operations
 
     return operations
+
+
+def cpu_kernels_for(x: Tensor) -> Any:
+    """`k2.kernels.cpu` if C is to work on `x`, else None."""
+    return cpu if _choice == "auto" and cpu.serves(x) else None
 
 
 def _interprets() -> bool:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from k2.model.activations import Call, Keep, keep_it, plain_call
-from k2.model.backend import kernels_for
+from k2.model.backend import cpu_kernels_for, kernels_for
 
 BLOCK_VALUES = 2**17  # values an activation widens to float32 at once: 512 KiB stay in a core's own cache
 
@@ -66,27 +66,38 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        output, scale_N1 = torch.empty_like(x_ND), weight_D.new_empty(len(x_ND), 1)
-        for x, scale, out in _blocks(x_ND, scale_N1, output):
-            wide = upcast(x)
-            torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=scale)
-            scale.square_().div_(x.shape[1]).add_(eps).rsqrt_()
-            out.copy_((wide * scale).mul_(weight_D))
+        kernels = cpu_kernels_for(x_ND)
+        output, scale_N1 = (kernels.rms_norm if kernels else _rms_norm)(x_ND, weight_D, eps)
         ctx.save_for_backward(x_ND, weight_D, scale_N1)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_ND, weight_D, scale_N1 = ctx.saved_tensors
-        grad_x, grad_weight_D = torch.empty_like(x_ND), torch.zeros_like(weight_D)
-        for x, grad, scale, out in _blocks(x_ND, grad_ND, scale_N1, grad_x):
-            x, grad = upcast(x), upcast(grad)
-            product = x * grad
-            grad_weight_D.addmv_(product.T, scale[:, 0])
-            share = torch.mv(product, weight_D)[:, None].mul_(scale**3).div_(-x.shape[1])
-            out.copy_((grad * weight_D).mul_(scale).addcmul_(x, share))
-        return grad_x, grad_weight_D, None
+        kernels = cpu_kernels_for(grad_ND)
+        backward = kernels.rms_norm_backward if kernels else _rms_norm_backward
+        return *backward(grad_ND, *ctx.saved_tensors), None
+
+
+def _rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    output, scale_N1 = torch.empty_like(x_ND), weight_D.new_empty(len(x_ND), 1)
+    for x, scale, out in _blocks(x_ND, scale_N1, output):
+        wide = upcast(x)
+        torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=scale)
+        scale.square_().div_(x.shape[1]).add_(eps).rsqrt_()
+        out.copy_((wide * scale).mul_(weight_D))
+    return output, scale_N1
+
+
+def _rms_norm_backward(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, scale_N1: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight_D = torch.empty_like(x_ND), torch.zeros_like(weight_D)
+    for x, grad, scale, out in _blocks(x_ND, grad_ND, scale_N1, grad_x):
+        x, grad = upcast(x), upcast(grad)
+        product = x * grad
+        grad_weight_D.addmv_(product.T, scale[:, 0])
+        share = torch.mv(product, weight_D)[:, None].mul_(scale**3).div_(-x.shape[1])
+        out.copy_((grad * weight_D).mul_(scale).addcmul_(x, share))
+    return grad_x, grad_weight_D
 
 
 class RMSNorm(nn.Module):
@@ -114,6 +125,8 @@ def gated(gate_up_NG: Tensor, scale_N: Tensor) -> Tensor:
     """silu(first half) * second half of each row, times the row's scale: [N, 2F] -> [N, F], without gradient."""
     if kernels := kernels_for(gate_up_NG):
         return cast(Tensor, kernels.gated(gate_up_NG, scale_N))
+    if c_kernels := cpu_kernels_for(gate_up_NG):
+        return c_kernels.gated(gate_up_NG, scale_N)
     result = gate_up_NG.new_empty(gate_up_NG.shape[0], gate_up_NG.shape[1] // 2)
     for gate_up, scale, out in _blocks(gate_up_NG, scale_N, result):
         gate, up = upcast(gate_up).chunk(2, dim=-1)
@@ -125,6 +138,8 @@ def gated_backward(grad_NF: Tensor, gate_up_NG: Tensor, scale_N: Tensor) -> tupl
     """Gradients [N, 2F] and [N] of `gated`, and its output once more, [N, F]."""
     if kernels := kernels_for(gate_up_NG):
         return cast(tuple[Tensor, Tensor, Tensor], kernels.gated_backward(grad_NF, gate_up_NG, scale_N))
+    if c_kernels := cpu_kernels_for(gate_up_NG):
+        return c_kernels.gated_backward(grad_NF, gate_up_NG, scale_N)
     grad_gate_up, grad_scale = torch.empty_like(gate_up_NG), torch.empty_like(scale_N)
     output = torch.empty_like(grad_NF)
     for gate_up, grad, scale, *outs in _blocks(gate_up_NG, grad_NF, scale_N, output, grad_gate_up, grad_scale):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from k2.model.backend import kernels_for
+from k2.model.backend import cpu_kernels_for, kernels_for
 from k2.model.layers import upcast
 
 PRODUCT_ROWS = 256  # tokens of one matrix product: enough for full speed, and its logits are read while in cache
@@ -28,13 +28,16 @@ def _surplus(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tuple[T
     rows, log_probs = max(1, CHUNK_VALUES // len(weight_VD)), []
     for hidden, targets, product in _split(PRODUCT_ROWS, hidden_TD, targets_T[:, None], surplus_TV):
         torch.mm(hidden, weight_VD.T, out=product)
+        if kernels := cpu_kernels_for(product):
+            log_probs.append(kernels.surplus(product, targets))
+            continue
         for logits, targets_T1 in _split(rows, product, targets):
             wide = upcast(logits)
             chosen_T1, largest_T1 = wide.gather(1, targets_T1), wide.amax(1, keepdim=True)
             probabilities = wide.softmax(1)
-            log_probs.append(chosen_T1 - largest_T1 + probabilities.amax(1, keepdim=True).log_())
+            log_probs.append((chosen_T1 - largest_T1 + probabilities.amax(1, keepdim=True).log_())[:, 0])
             logits.copy_(probabilities.scatter_add_(1, targets_T1, -torch.ones_like(chosen_T1)))
-    return torch.cat(log_probs)[:, 0], surplus_TV
+    return torch.cat(log_probs), surplus_TV
 
 
 def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from k2.config.model import ModelConfig
 from k2.model.activations import Call, Keep, keep_it, plain_call
-from k2.model.backend import kernels_for
+from k2.model.backend import cpu_kernels_for, kernels_for
 from k2.model.layers import Linear, RMSNorm, upcast
 from k2.model.rope import rotary_tables, rotate, softmax_scale, turned, turned_back, turns
 
@@ -78,21 +78,24 @@ class _Heads(torch.autograd.Function):
     def forward(
         ctx: Any, q_BLHX: Tensor, kv_BLHY: Tensor, rotary_BLR: Tensor, turn: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.nope = nope = q_BLHX.shape[-1] - rotary_BLR.shape[-1]
+        ctx.save_for_backward(turn)
+        if kernels := cpu_kernels_for(q_BLHX):
+            return kernels.heads(q_BLHX, kv_BLHY, rotary_BLR, turn)
         batch, length, heads, width = q_BLHX.shape
-        nope = width - rotary_BLR.shape[-1]
         q_BHLX, k_BHLX = (q_BLHX.new_empty(batch, heads, length, width) for _ in range(2))
         q_BHLX[..., :nope] = q_BLHX[..., :nope].transpose(1, 2)
         q_BHLX[..., nope:] = turned(q_BLHX[..., nope:], turn).transpose(1, 2)
         k_BHLX[..., :nope] = kv_BLHY[..., :nope].transpose(1, 2)
         k_BHLX[..., nope:] = rotary_BLR[:, None]
-        ctx.nope = nope
-        ctx.save_for_backward(turn)
         return q_BHLX, k_BHLX, kv_BLHY[..., nope:].transpose(1, 2).contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         nope, (turn,) = ctx.nope, ctx.saved_tensors
+        if kernels := cpu_kernels_for(grad_q):
+            return *kernels.heads_backward(grad_q, grad_k, grad_v, turn), None
         batch, heads, length, width = grad_q.shape
         grad_q_BLHX = grad_q.new_empty(batch, length, heads, width)
         grad_q_BLHX[..., :nope] = grad_q[..., :nope].transpose(1, 2)
@@ -114,8 +117,7 @@ class _Attention(torch.autograd.Function):
         output_BLHV = v_BHLV.new_empty([*v_BHLV.transpose(1, 2).shape])
         row_max_BHL, kept = upcast(q_BHLX[:0]).new_empty(q_BHLX.shape[:3]), []
         for start, stop in _blocks(q_BHLX.shape[2]):
-            probabilities, row_max = _probabilities(q_BHLX, k_BHLX, bias_BLL, scale, start, stop)
-            row_max_BHL.flatten(0, 1)[:, start:stop] = row_max
+            probabilities = _probabilities(q_BHLX, k_BHLX, bias_BLL, scale, start, stop, row_max_BHL)
             mixed = torch.bmm(probabilities, v_BHLV[:, :, :stop].flatten(0, 1))
             output_BLHV[:, start:stop] = mixed.view_as(v_BHLV[:, :, start:stop]).transpose(1, 2)
             kept.append(keep(probabilities))
@@ -131,10 +133,10 @@ class _Attention(torch.autograd.Function):
         grad_q, grads_k, grads_v = torch.empty_like(q_BHLX), [], []
         for (start, stop), probabilities in zip(_blocks(q_BHLX.shape[2]), kept, strict=True):
             if probabilities is None:
-                probabilities, _ = _probabilities(q_BHLX, k_BHLX, ctx.bias_BLL, ctx.scale, start, stop)
+                probabilities = _probabilities(q_BHLX, k_BHLX, ctx.bias_BLL, ctx.scale, start, stop)
             grad_NQV = grad_BLHV[:, start:stop].transpose(1, 2).flatten(0, 1)
             grad_p = torch.bmm(grad_NQV, v_BHLV[:, :, :stop].flatten(0, 1).mT)
-            grad_logits = torch._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
+            grad_logits = _softmax_backward(grad_p, probabilities, start)
             grad_q.flatten(0, 1)[:, start:stop] = _product(grad_logits, k_BHLX[:, :, :stop], ctx.scale)
             grads_v.append(torch.bmm(probabilities.mT, grad_NQV))
             grads_k.append(_product(grad_logits.mT, q_BHLX[:, :, start:stop], ctx.scale))
@@ -143,14 +145,30 @@ class _Attention(torch.autograd.Function):
 
 
 def _probabilities(
-    q_BHLX: Tensor, k_BHLX: Tensor, bias_BLL: Tensor | None, scale: float, start: int, stop: int
-) -> tuple[Tensor, Tensor]:
-    """Attention [N, Q, K] of the queries `start` to `stop`, N batch and heads, and the largest logit [N, Q] of each."""
+    q_BHLX: Tensor,
+    k_BHLX: Tensor,
+    bias_BLL: Tensor | None,
+    scale: float,
+    start: int,
+    stop: int,
+    row_max_BHL: Tensor | None = None,
+) -> Tensor:
+    """Attention [N, Q, K] of the queries `start` to `stop`, N batch and heads; their largest logits go to `row_max`."""
     logits_NQK = _product(q_BHLX[:, :, start:stop], k_BHLX[:, :, :stop].mT, scale)
+    if row_max_BHL is None:
+        row_max_BHL = upcast(q_BHLX[:0]).new_empty(q_BHLX.shape[:3])
+    if kernels := cpu_kernels_for(logits_NQK):
+        return kernels.causal_softmax(logits_NQK, bias_BLL, row_max_BHL, start)
     wide = upcast(logits_NQK)  # maximum and softmax of float32 are faster than those of bfloat16
     _mask(wide.view(*q_BHLX.shape[:2], stop - start, stop), bias_BLL, start)
-    row_max_NQ = wide.amax(-1)
-    return logits_NQK.copy_(torch.softmax(wide, -1, out=wide)), row_max_NQ
+    torch.amax(wide, -1, out=row_max_BHL.flatten(0, 1)[:, start:stop])
+    return logits_NQK.copy_(torch.softmax(wide, -1, out=wide))
+
+
+def _softmax_backward(grad_NQK: Tensor, probabilities_NQK: Tensor, start: int) -> Tensor:
+    if kernels := cpu_kernels_for(grad_NQK):
+        return kernels.causal_softmax_backward(grad_NQK, probabilities_NQK, start)
+    return torch._softmax_backward_data(grad_NQK, probabilities_NQK, -1, grad_NQK.dtype)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:

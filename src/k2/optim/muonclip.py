@@ -8,7 +8,7 @@ Letters in shapes: N matrices, R rows, C columns.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from math import prod, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from k2.config.optimizer import OptimizerConfig
+from k2.kernels import cpu
 from k2.model.layout import LogicalTensor
 from k2.optim.chunks import Piece, equal_shapes, total
 from k2.optim.newton_schulz import Workspace
-from k2.optim.norms import stable_norm
 from k2.optim.partition import Block, partition
 from k2.optim.qk_clip import ClipReport, QKClip, spectral_norms
 from k2.optim.schemes import SCHEMES
@@ -74,7 +74,7 @@ class MuonClip(torch.optim.Optimizer):
         chunks = equal_shapes(blocks, dtype, device)
         shapes = [total(pieces) for pieces in chunks]
         self._workspace = Workspace(shapes, dtype, device)
-        self._wide = torch.empty(max(map(prod, shapes)), dtype=weight.dtype, device=device)
+        self._in_torch = weight.dtype != torch.float32 or not cpu.serves(self._workspace.input(1, 1, 1))
         return chunks
 
     def _initial_state(self) -> dict[str, Tensor]:
@@ -128,24 +128,19 @@ class MuonClip(torch.optim.Optimizer):
 
         Everything happens to one chunk after the other, so that weights and momentum pass through the caches once.
         """
-        config, counts = self.config, [piece.count for piece in pieces]
-        shape = total(pieces)
-        wide_NRC = self._wide[: prod(shape)].view(shape)
-        for piece, wide in zip(pieces, torch.split(wide_NRC, counts), strict=True):
-            gradient = piece.of(gradients[piece.block.parameter])
-            momentum = piece.of(self._tensors[f"momentum.{piece.block.parameter}"])
-            # A mean, (1 - mu) times Algorithm 1's sum; the orthogonal factor of both is the same.
-            momentum.lerp_(gradient, 1 - config.momentum)
-            torch.lerp(gradient, momentum, config.momentum if config.nesterov else 1.0, out=wide)
-        self._workspace.input(*shape).copy_(wide_NRC)
-        wide_NRC.copy_(self._workspace.orthogonalize(SCHEMES[config.newton_schulz]))
+        config, shape = self.config, total(pieces)
         # Lemma 1 of Moonlight: a full-rank orthogonal [R, C] has the RMS 1 / sqrt(max(R, C)).
         scale = config.update_rms * sqrt(max(shape[1:]))
-        for piece, wide in zip(pieces, torch.split(wide_NRC, counts), strict=True):
+        average, update = (_average, _update) if self._in_torch else (cpu.momentum, cpu.update)
+        parts = [piece.count for piece in pieces]
+        for piece, out in zip(pieces, self._workspace.input(*shape).split_with_sizes(parts), strict=True):
+            momentum = piece.of(self._tensors[f"momentum.{piece.block.parameter}"])
+            average(piece.of(gradients[piece.block.parameter]), momentum, out, config.momentum, config.nesterov)
+        changes, squares = self._workspace.orthogonalize(SCHEMES[config.newton_schulz]), []
+        for piece, change in zip(pieces, changes.split_with_sizes(parts), strict=True):
             weight = piece.of(self._weights[piece.block.parameter])
-            weight.mul_(1 - lr * config.weight_decay).add_(wide, alpha=-lr * scale)
-        norm: Tensor = stable_norm(wide_NRC) * scale
-        return norm.square()
+            squares.append(update(weight, change, 1 - lr * config.weight_decay, -lr * scale))
+        return torch.cat(squares).sum() * scale**2
 
     def _adamw_step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
         """AdamW (arXiv 1711.05101) through torch's own fused kernel."""
@@ -201,5 +196,21 @@ def _master(parameter: nn.Parameter) -> Tensor:
     return parameter if parameter.dtype in (torch.float32, torch.float64) else parameter.detach().float()
 
 
+def _average(gradient: Tensor, average: Tensor, out_NRC: Tensor, beta: float, nesterov: bool) -> None:
+    """The running mean of gradients, and what is orthogonalised of it.
+
+    It is (1 - beta) times Algorithm 1's sum; the orthogonal factor of both is the same.
+    """
+    average.lerp_(gradient, 1 - beta)
+    out_NRC.copy_(torch.lerp(gradient, average, beta if nesterov else 1.0))
+
+
+def _update(weight: Tensor, change_NRC: Tensor, decay: float, rate: float) -> Tensor:
+    """Apply decay and update; the sum of squares of every matrix of the change."""
+    wide_NRC = change_NRC.to(weight.dtype)
+    weight.mul_(decay).add_(wide_NRC, alpha=rate)
+    return torch.linalg.vector_norm(wide_NRC.flatten(1), dim=-1).square_()
+
+
 def _gradient(parameter: nn.Parameter, weight: Tensor) -> Tensor:
-    return torch.zeros_like(weight) if parameter.grad is None else parameter.grad.to(weight.dtype)
+    return torch.zeros_like(weight) if parameter.grad is None else parameter.grad.to(weight.dtype).contiguous()

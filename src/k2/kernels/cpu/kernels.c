@@ -1,0 +1,267 @@
+// What training does between matrix products, on a CPU: every loop passes its tensors through the caches once.
+//
+// Letters in shapes: N rows, D width, F inner width, M matrices, Q queries, K keys, L length, T tokens, V vocabulary.
+#include <math.h>
+#include <stdlib.h>
+#include "vectors.h"
+
+#define ROWS 64  // rows of one partial sum over rows: fixed, so that no number of threads changes a sum
+
+// Statements for every LANES values of a row: `i` is the first one and `n` their number, which is less at the end only.
+#define EACH(width, ...)                     \
+    {                                        \
+        long i = 0;                          \
+        for (; i + LANES <= width; i += LANES) { \
+            enum { n = LANES };              \
+            __VA_ARGS__                      \
+        }                                    \
+        if (i < width) {                     \
+            long n = width - i;              \
+            __VA_ARGS__                      \
+        }                                    \
+    }
+
+// x / sqrt(mean(x^2) + eps) * weight; keeps the factor of every row.
+void rms_norm(const bf16 *x, const float *weight, bf16 *out, float *scale, long rows, long width, float eps) {
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const bf16 *from = x + row * width;
+        bf16 *to = out + row * width;
+        floats squares = {0};
+        EACH(width, floats v = load(from + i, n); squares += v * v;)
+        float factor = scale[row] = 1.0f / sqrtf(sum(squares) / width + eps);
+        EACH(width, store(to + i, load(from + i, n) * factor * load_wide(weight + i, n), n);)
+    }
+}
+
+// Gradients by x and, one row of `partial` for every ROWS rows, by the weight.
+void rms_norm_backward(const bf16 *grad, const bf16 *x, const float *weight, const float *scale, bf16 *grad_x,
+                       float *partial, long rows, long width) {
+#pragma omp parallel for schedule(static)
+    for (long first = 0; first < rows; first += ROWS) {
+        float *total = partial + first / ROWS * width;
+        memset(total, 0, width * sizeof *total);
+        for (long row = first; row < lesser(first + ROWS, rows); row++) {
+            const bf16 *g = grad + row * width, *v = x + row * width;
+            bf16 *to = grad_x + row * width;
+            float factor = scale[row];
+            floats dots = {0};
+            EACH(width,
+                floats product = load(g + i, n) * load(v + i, n);
+                store_wide(total + i, load_wide(total + i, n) + product * factor, n);
+                dots += product * load_wide(weight + i, n);)
+            float share = -sum(dots) * factor * factor * factor / width;
+            EACH(width,
+                floats direct = load(g + i, n) * load_wide(weight + i, n) * factor;
+                store(to + i, direct + load(v + i, n) * share, n);)
+        }
+    }
+}
+
+// silu(first half) * second half of each row, times the row's scale: [N, 2F] -> [N, F].
+void gated(const bf16 *gate_up, const float *scale, bf16 *out, long rows, long inner) {
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const bf16 *gate = gate_up + row * 2 * inner, *up = gate + inner;
+        bf16 *to = out + row * inner;
+        EACH(inner,
+            floats g = load(gate + i, n);
+            store(to + i, g * sigmoid(g) * load(up + i, n) * scale[row], n);)
+    }
+}
+
+// Gradients by gate, up and scale, and the output once more.
+void gated_backward(const bf16 *grad, const bf16 *gate_up, const float *scale, bf16 *out, bf16 *grad_gate_up,
+                    float *grad_scale, long rows, long inner) {
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const bf16 *gate = gate_up + row * 2 * inner, *up = gate + inner, *upstream = grad + row * inner;
+        bf16 *grad_gate = grad_gate_up + row * 2 * inner, *grad_up = grad_gate + inner, *to = out + row * inner;
+        floats dots = {0};
+        EACH(inner,
+            floats g = load(gate + i, n);
+            floats u = load(up + i, n);
+            floats s = sigmoid(g);
+            floats active = g * s;
+            floats product = active * u;
+            floats scaled = load(upstream + i, n);
+            dots += scaled * product;
+            scaled *= scale[row];
+            store(to + i, product * scale[row], n);
+            store(grad_up + i, scaled * active, n);
+            store(grad_gate + i, scaled * u * (s + active - active * s), n);)
+        grad_scale[row] = sum(dots);
+    }
+}
+
+// Softmax of the first `seen` logits of a row of `room`, plus `bias` if there is one, in place; the others become zero.
+// Returns the largest logit, or NaN if any is, and the sum of the exponentials; `wide` is memory for the row.
+static inline float softmax(bf16 *row, const float *bias, long seen, long room, float *wide, float *total) {
+    long width = lesser((seen + LANES - 1) / LANES * LANES, room);
+    floats most = all(-INFINITY), sums = {0};
+    EACH(width,
+        floats x = load(row + i, n);
+        if (bias) x += load_wide(bias + i, n);
+        if (i + LANES > seen) x = either(NUMBERS < (int32_t)(seen - i), x, all(-INFINITY));
+        memcpy(wide + i, &x, sizeof x);
+        most = larger(x, most);)
+    float top = largest(most);
+    for (long i = 0; i < width; i += LANES) {
+        floats x;
+        memcpy(&x, wide + i, sizeof x);
+        x = exponential(x - top);
+        memcpy(wide + i, &x, sizeof x);
+        sums += x;
+    }
+    float factor = 1.0f / (*total = sum(sums));
+    EACH(width,
+        floats x;
+        memcpy(&x, wide + i, sizeof x);
+        store(row + i, x * factor, n);)
+    memset(row + width, 0, (room - width) * sizeof *row);
+    return *total == *total ? top : NAN;
+}
+
+static float *memory(long width) { return aligned_alloc(sizeof(floats), (width / LANES + 1) * sizeof(floats)); }
+
+// Causal softmax in place: logits [M, Q, K] of the queries from `start` on; query i sees start + i + 1 keys, fewer
+// where `bias` [M / heads, L, L] says so. Writes the largest logit of each row into `row_max` [M, L].
+void causal_softmax(bf16 *logits, const float *bias, float *row_max, long matrices, long queries, long keys, long start,
+                    long heads, long length) {
+#pragma omp parallel
+    {
+        float *wide = memory(keys), total;
+#pragma omp for schedule(static)
+        for (long row = 0; row < matrices * queries; row++) {
+            long matrix = row / queries, query = start + row % queries;
+            const float *allowed = bias ? bias + (matrix / heads * length + query) * length : NULL;
+            long seen = lesser(query + 1, keys);
+            row_max[matrix * length + query] = softmax(logits + row * keys, allowed, seen, keys, wide, &total);
+        }
+        free(wide);
+    }
+}
+
+// Gradient by the logits, over the gradient by the probabilities, both [M, Q, K].
+void causal_softmax_backward(bf16 *grad, const bf16 *probabilities, long matrices, long queries, long keys, long start) {
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < matrices * queries; row++) {
+        long seen = start + row % queries + 1, width = lesser((seen + LANES - 1) / LANES * LANES, keys);
+        bf16 *g = grad + row * keys;
+        const bf16 *p = probabilities + row * keys;
+        floats dots = {0};
+        EACH(width, dots += load(g + i, n) * load(p + i, n);)
+        float mean = sum(dots);
+        EACH(width, store(g + i, load(p + i, n) * (load(g + i, n) - mean), n);)
+        memset(g + width, 0, (keys - width) * sizeof *g);
+    }
+}
+
+// Each target's log-probability [T]; logits [T, V] become softmax minus the target's one-hot.
+void surplus(bf16 *logits, const int64_t *targets, float *log_probs, long tokens, long vocabulary) {
+#pragma omp parallel
+    {
+        float *wide = memory(vocabulary), total;
+#pragma omp for schedule(static)
+        for (long token = 0; token < tokens; token++) {
+            bf16 *row = logits + token * vocabulary, *target = row + targets[token];
+            float chosen = load(target, 1)[0], top = softmax(row, NULL, vocabulary, vocabulary, wide, &total);
+            log_probs[token] = chosen - top - logf(total);
+            store(target, all(wide[targets[token]] / total - 1.0f), 1);
+        }
+        free(wide);
+    }
+}
+
+// Turn interleaved pairs by the angles of a position (cosine, sine of each pair): first members, then second ones.
+static inline void turn(const bf16 *from, const float *angles, long pairs, bf16 *to) {
+    for (long i = 0; i < pairs; i++) {
+        float a = widen_one(from[2 * i]), b = widen_one(from[2 * i + 1]), c = angles[2 * i], s = angles[2 * i + 1];
+        to[i] = narrow_one(a * c - b * s);
+        to[pairs + i] = narrow_one(a * s + b * c);
+    }
+}
+
+static inline void turn_back(const bf16 *from, const float *angles, long pairs, bf16 *to) {
+    for (long i = 0; i < pairs; i++) {
+        float a = widen_one(from[i]), b = widen_one(from[pairs + i]), c = angles[2 * i], s = angles[2 * i + 1];
+        to[2 * i] = narrow_one(a * c + b * s);
+        to[2 * i + 1] = narrow_one(b * c - a * s);
+    }
+}
+
+// Queries and keys [B, H, L, nope + rope] and values [B, H, L, V] from projections q [B, L, H, nope + rope] and
+// kv [B, L, H, nope + V] and one rotary key [B, L, rope]; `angles` are those of each position, `turns` apart per row.
+void heads(const bf16 *q, const bf16 *kv, const bf16 *rotary, const float *angles, bf16 *to_q, bf16 *to_k, bf16 *to_v,
+           long batch, long length, long number, long nope, long rope, long values, long turns) {
+    long width = nope + rope;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (long b = 0; b < batch; b++)
+        for (long h = 0; h < number; h++)
+            for (long l = 0; l < length; l++) {
+                long token = b * length + l, from = token * number + h, to = (b * number + h) * length + l;
+                const bf16 *pair = kv + from * (nope + values);
+                memcpy(to_q + to * width, q + from * width, nope * sizeof *q);
+                turn(q + from * width + nope, angles + b * turns + l * rope, rope / 2, to_q + to * width + nope);
+                memcpy(to_k + to * width, pair, nope * sizeof *q);
+                memcpy(to_k + to * width + nope, rotary + token * rope, rope * sizeof *q);
+                memcpy(to_v + to * values, pair + nope, values * sizeof *q);
+            }
+}
+
+// Gradients of what `heads` took from those of what it made.
+void heads_backward(const bf16 *grad_q, const bf16 *grad_k, const bf16 *grad_v, const float *angles, bf16 *to_q,
+                    bf16 *to_kv, bf16 *to_rotary, long batch, long length, long number, long nope, long rope,
+                    long values, long turns) {
+    long width = nope + rope;
+#pragma omp parallel for schedule(static)
+    for (long token = 0; token < batch * length; token++) {
+        long b = token / length, l = token % length;
+        float total[rope];
+        memset(total, 0, sizeof total);
+        for (long h = 0; h < number; h++) {
+            long to = token * number + h, from = (b * number + h) * length + l;
+            const bf16 *key = grad_k + from * width;
+            bf16 *pair = to_kv + to * (nope + values);
+            memcpy(to_q + to * width, grad_q + from * width, nope * sizeof *key);
+            turn_back(grad_q + from * width + nope, angles + b * turns + l * rope, rope / 2, to_q + to * width + nope);
+            memcpy(pair, key, nope * sizeof *key);
+            memcpy(pair + nope, grad_v + from * values, values * sizeof *key);
+            for (long i = 0; i < rope; i++) total[i] += widen_one(key[nope + i]);
+        }
+        for (long i = 0; i < rope; i++) to_rotary[token * rope + i] = narrow_one(total[i]);
+    }
+}
+
+// Momentum of matrices that lie `stride` apart: m <- m + (g - m) share, and what is orthogonalised, g + (m - g) ahead.
+void momentum(const float *grad, float *average, bf16 *out, long matrices, long size, long stride, float share,
+              float ahead) {
+#pragma omp parallel for schedule(static)
+    for (long matrix = 0; matrix < matrices; matrix++) {
+        const float *from = grad + matrix * stride;
+        float *kept = average + matrix * stride;
+        bf16 *to = out + matrix * size;
+        EACH(size,
+            floats g = load_wide(from + i, n);
+            floats m = load_wide(kept + i, n);
+            m += (g - m) * share;
+            store_wide(kept + i, m, n);
+            store(to + i, g + (m - g) * ahead, n);)
+    }
+}
+
+// w <- w decay + u rate for matrices that lie `stride` apart; writes the sum of squares of each matrix of u.
+void update(float *weight, const bf16 *change, float *squares, long matrices, long size, long stride, float decay,
+            float rate) {
+#pragma omp parallel for schedule(static)
+    for (long matrix = 0; matrix < matrices; matrix++) {
+        float *to = weight + matrix * stride;
+        const bf16 *from = change + matrix * size;
+        floats total = {0};
+        EACH(size,
+            floats u = load(from + i, n);
+            total += u * u;
+            store_wide(to + i, load_wide(to + i, n) * decay + u * rate, n);)
+        squares[matrix] = sum(total);
+    }
+}

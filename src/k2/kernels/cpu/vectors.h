@@ -1,0 +1,124 @@
+// Float32 lanes in GCC's and Clang's portable vectors, read from and written to bfloat16.
+//
+// Vectors are as wide as the processor's registers: wider ones are pieced together badly by compilers.
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+typedef uint16_t bf16;
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+static inline long lesser(long a, long b) { return a < b ? a : b; }
+
+static inline floats all(float x) { return x - (floats){0}; }
+
+static inline floats either(ints mask, floats yes, floats no) {
+    return (floats)((mask & (ints)yes) | (~mask & (ints)no));
+}
+
+static inline floats larger(floats a, floats b) { return either(a > b, a, b); }
+
+static const ints NUMBERS = {
+    0, 1, 2, 3,
+#if LANES > 4
+    4, 5, 6, 7,
+#endif
+#if LANES > 8
+    8, 9, 10, 11, 12, 13, 14, 15,
+#endif
+};
+
+static inline floats widen(halves x) { return (floats)(__builtin_convertvector(x, words) << 16); }
+
+static inline halves narrow(floats x) {
+    words bits = (words)x, rounded = bits + 0x7fff + (bits >> 16 & 1);  // to nearest, ties to even
+    words nan = (words)(x != x);
+    return __builtin_convertvector(((nan & 0x7fc00000) | (~nan & rounded)) >> 16, halves);
+}
+
+static inline float widen_one(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float wide;
+    memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+static inline bf16 narrow_one(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return x == x ? (bits + 0x7fff + (bits >> 16 & 1)) >> 16 : 0x7fc0;
+}
+
+// The first `count` of LANES values; the others are zero, or are not written.
+static inline floats load(const bf16 *from, long count) {
+    halves x = {0};
+    if (count >= LANES) memcpy(&x, from, sizeof x);
+    else memcpy(&x, from, count * sizeof *from);
+    return widen(x);
+}
+
+static inline void store(bf16 *to, floats x, long count) {
+    halves rounded = narrow(x);
+    if (count >= LANES) memcpy(to, &rounded, sizeof rounded);
+    else memcpy(to, &rounded, count * sizeof *to);
+}
+
+static inline floats load_wide(const float *from, long count) {
+    floats x = {0};
+    if (count >= LANES) memcpy(&x, from, sizeof x);
+    else memcpy(&x, from, count * sizeof *from);
+    return x;
+}
+
+static inline void store_wide(float *to, floats x, long count) {
+    if (count >= LANES) memcpy(to, &x, sizeof x);
+    else memcpy(to, &x, count * sizeof *to);
+}
+
+// Lanes combined in halves, in an order that does not depend on the compiler.
+#define FOLD(x, combine)                               \
+    float lanes[LANES];                                \
+    memcpy(lanes, &x, sizeof lanes);                   \
+    for (int half = LANES / 2; half; half /= 2)        \
+        for (int i = 0; i < half; i++) lanes[i] = combine(lanes[i], lanes[i + half]); \
+    return lanes[0];
+#define ADD(a, b) ((a) + (b))
+#define LARGER(a, b) ((a) > (b) ? (a) : (b))
+
+static inline float sum(floats x) { FOLD(x, ADD) }
+
+static inline float largest(floats x) { FOLD(x, LARGER) }
+
+// e^x to 2 units in the last place; 0 below -87.3, where float32 ends; x must not exceed 88.
+static inline floats exponential(floats x) {
+    const floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    floats shifted = x * 1.44269504f + shift, n = shifted - shift;
+    floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    floats p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    floats result = (floats)((ints)p + (((ints)shifted - 0x4b400000) << 23));
+    result = either(x < -87.3f, all(0), result);
+    return either(x != x, x, result);
+}
+
+// 1 / (1 + e^-x), from the side where the exponential is at most one.
+static inline floats sigmoid(floats x) {
+    ints positive = x > 0;
+    floats e = exponential(either(positive, -x, x));
+    return either(positive, all(1), e) / (1.0f + e);
+}
