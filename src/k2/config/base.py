@@ -35,7 +35,7 @@ class TrainingSection(StageSection):
 
     kernels: Kernels = setting(
         "auto",
-        "auto: Triton for half precision on CUDA, torch for the rest (last bits differ)",
+        "auto: Triton for half precision on CUDA, C for bfloat16 on a CPU, torch for the rest (last bits differ)",
         semantic=False,
     )
 

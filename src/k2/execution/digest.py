@@ -1,7 +1,8 @@
 """Artifact keys: a digest over everything that decides a stage's bytes.
 
-The code digest covers the k2 source files in the stage module's static import closure, read from wherever the package
-is installed, so that a clone, a wheel and an image agree. Git state, version strings and paths take no part.
+The code digest covers the k2 source files in the stage module's static import closure, and C beside a package's
+`__init__.py`, read from wherever the package is installed, so that a clone, a wheel and an image agree. Git state,
+version strings and paths take no part.
 """
 
 import ast
@@ -44,7 +45,8 @@ def package_versions(names: tuple[str, ...]) -> dict[str, str]:
 @cache
 def code_digest(module: str) -> str:
     """Hex SHA-256 over the source files `module` reaches through imports inside k2."""
-    rows = [(name, _sha256(_source(name).read_text(encoding="utf-8"))) for name in sorted(import_closure(module))]
+    files = {name: [_source(name), *_c_sources(name)] for name in sorted(import_closure(module))}
+    rows = [(name, _sha256(path.read_text(encoding="utf-8"))) for name, paths in files.items() for path in paths]
     return _sha256(canonical_json(rows))
 
 
@@ -93,6 +95,11 @@ def _source(module: str) -> Path:
     if not path.is_file():
         raise ModuleNotFoundError(f"{module} has no source file at {path}")
     return path
+
+
+def _c_sources(module: str) -> list[Path]:
+    path = _file(module)
+    return sorted(path.parent.glob("*.[ch]")) if path.name == "__init__.py" else []
 
 
 def _sha256(text: str) -> str:

@@ -22,7 +22,7 @@ _choice: Kernels = "auto"
 
 
 def use_kernels(choice: Kernels) -> None:
-    """Choose for all that follows: `auto` takes Triton for half precision on a CUDA GPU, C for bfloat16 on a CPU, torch else."""
+    """Choose for all that follows; `auto`: Triton for half precision on CUDA, C for bfloat16 on a CPU, torch else."""
     global _choice
     _choice = choice
 
@@ -42,9 +42,9 @@ def kernels_for(x: Tensor, *, elementwise: bool = False) -> Any:
     return operations
 
 
-def cpu_kernels_for(x: Tensor) -> Any:
-    """`k2.kernels.cpu` if C is to work on `x`, else None."""
-    return cpu if _choice == "auto" and cpu.serves(x) else None
+def runs_in_c(x: Tensor) -> bool:
+    """Whether `k2.kernels.cpu` is to work on `x`."""
+    return _choice == "auto" and cpu.serves(x)
 
 
 def _interprets() -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from k2.kernels import cpu
 from k2.model.activations import Call, Keep, keep_it, plain_call
-from k2.model.backend import cpu_kernels_for, kernels_for
+from k2.model.backend import kernels_for, runs_in_c
 
 BLOCK_VALUES = 2**17  # values an activation widens to float32 at once: 512 KiB stay in a core's own cache
 
@@ -66,16 +67,14 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        kernels = cpu_kernels_for(x_ND)
-        output, scale_N1 = (kernels.rms_norm if kernels else _rms_norm)(x_ND, weight_D, eps)
+        output, scale_N1 = (cpu.rms_norm if runs_in_c(x_ND) else _rms_norm)(x_ND, weight_D, eps)
         ctx.save_for_backward(x_ND, weight_D, scale_N1)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None]:
-        kernels = cpu_kernels_for(grad_ND)
-        backward = kernels.rms_norm_backward if kernels else _rms_norm_backward
+        backward = cpu.rms_norm_backward if runs_in_c(grad_ND) else _rms_norm_backward
         return *backward(grad_ND, *ctx.saved_tensors), None
 
 
@@ -125,8 +124,8 @@ def gated(gate_up_NG: Tensor, scale_N: Tensor) -> Tensor:
     """silu(first half) * second half of each row, times the row's scale: [N, 2F] -> [N, F], without gradient."""
     if kernels := kernels_for(gate_up_NG):
         return cast(Tensor, kernels.gated(gate_up_NG, scale_N))
-    if c_kernels := cpu_kernels_for(gate_up_NG):
-        return c_kernels.gated(gate_up_NG, scale_N)
+    if runs_in_c(gate_up_NG):
+        return cpu.gated(gate_up_NG, scale_N)
     result = gate_up_NG.new_empty(gate_up_NG.shape[0], gate_up_NG.shape[1] // 2)
     for gate_up, scale, out in _blocks(gate_up_NG, scale_N, result):
         gate, up = upcast(gate_up).chunk(2, dim=-1)
@@ -138,8 +137,8 @@ def gated_backward(grad_NF: Tensor, gate_up_NG: Tensor, scale_N: Tensor) -> tupl
     """Gradients [N, 2F] and [N] of `gated`, and its output once more, [N, F]."""
     if kernels := kernels_for(gate_up_NG):
         return cast(tuple[Tensor, Tensor, Tensor], kernels.gated_backward(grad_NF, gate_up_NG, scale_N))
-    if c_kernels := cpu_kernels_for(gate_up_NG):
-        return c_kernels.gated_backward(grad_NF, gate_up_NG, scale_N)
+    if runs_in_c(gate_up_NG):
+        return cpu.gated_backward(grad_NF, gate_up_NG, scale_N)
     grad_gate_up, grad_scale = torch.empty_like(gate_up_NG), torch.empty_like(scale_N)
     output = torch.empty_like(grad_NF)
     for gate_up, grad, scale, *outs in _blocks(gate_up_NG, grad_NF, scale_N, output, grad_gate_up, grad_scale):

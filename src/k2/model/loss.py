@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from k2.model.backend import cpu_kernels_for, kernels_for
+from k2.kernels import cpu
+from k2.model.backend import kernels_for, runs_in_c
 from k2.model.layers import upcast
 
 PRODUCT_ROWS = 256  # tokens of one matrix product: enough for full speed, and its logits are read while in cache
@@ -28,8 +29,8 @@ def _surplus(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tuple[T
     rows, log_probs = max(1, CHUNK_VALUES // len(weight_VD)), []
     for hidden, targets, product in _split(PRODUCT_ROWS, hidden_TD, targets_T[:, None], surplus_TV):
         torch.mm(hidden, weight_VD.T, out=product)
-        if kernels := cpu_kernels_for(product):
-            log_probs.append(kernels.surplus(product, targets))
+        if runs_in_c(product):
+            log_probs.append(cpu.surplus(product, targets))
             continue
         for logits, targets_T1 in _split(rows, product, targets):
             wide = upcast(logits)

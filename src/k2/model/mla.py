@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from k2.config.model import ModelConfig
+from k2.kernels import cpu
 from k2.model.activations import Call, Keep, keep_it, plain_call
-from k2.model.backend import cpu_kernels_for, kernels_for
+from k2.model.backend import kernels_for, runs_in_c
 from k2.model.layers import Linear, RMSNorm, upcast
 from k2.model.rope import rotary_tables, rotate, softmax_scale, turned, turned_back, turns
 
@@ -80,8 +81,8 @@ class _Heads(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.nope = nope = q_BLHX.shape[-1] - rotary_BLR.shape[-1]
         ctx.save_for_backward(turn)
-        if kernels := cpu_kernels_for(q_BLHX):
-            return kernels.heads(q_BLHX, kv_BLHY, rotary_BLR, turn)
+        if runs_in_c(q_BLHX):
+            return cpu.heads(q_BLHX, kv_BLHY, rotary_BLR, turn)
         batch, length, heads, width = q_BLHX.shape
         q_BHLX, k_BHLX = (q_BLHX.new_empty(batch, heads, length, width) for _ in range(2))
         q_BHLX[..., :nope] = q_BLHX[..., :nope].transpose(1, 2)
@@ -94,8 +95,8 @@ class _Heads(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         nope, (turn,) = ctx.nope, ctx.saved_tensors
-        if kernels := cpu_kernels_for(grad_q):
-            return *kernels.heads_backward(grad_q, grad_k, grad_v, turn), None
+        if runs_in_c(grad_q):
+            return *cpu.heads_backward(grad_q, grad_k, grad_v, turn), None
         batch, heads, length, width = grad_q.shape
         grad_q_BLHX = grad_q.new_empty(batch, length, heads, width)
         grad_q_BLHX[..., :nope] = grad_q[..., :nope].transpose(1, 2)
@@ -157,8 +158,8 @@ def _probabilities(
     logits_NQK = _product(q_BHLX[:, :, start:stop], k_BHLX[:, :, :stop].mT, scale)
     if row_max_BHL is None:
         row_max_BHL = upcast(q_BHLX[:0]).new_empty(q_BHLX.shape[:3])
-    if kernels := cpu_kernels_for(logits_NQK):
-        return kernels.causal_softmax(logits_NQK, bias_BLL, row_max_BHL, start)
+    if runs_in_c(logits_NQK):
+        return cpu.causal_softmax(logits_NQK, bias_BLL, row_max_BHL, start)
     wide = upcast(logits_NQK)  # maximum and softmax of float32 are faster than those of bfloat16
     _mask(wide.view(*q_BHLX.shape[:2], stop - start, stop), bias_BLL, start)
     torch.amax(wide, -1, out=row_max_BHL.flatten(0, 1)[:, start:stop])
@@ -166,8 +167,8 @@ def _probabilities(
 
 
 def _softmax_backward(grad_NQK: Tensor, probabilities_NQK: Tensor, start: int) -> Tensor:
-    if kernels := cpu_kernels_for(grad_NQK):
-        return kernels.causal_softmax_backward(grad_NQK, probabilities_NQK, start)
+    if runs_in_c(grad_NQK):
+        return cpu.causal_softmax_backward(grad_NQK, probabilities_NQK, start)
     return torch._softmax_backward_data(grad_NQK, probabilities_NQK, -1, grad_NQK.dtype)
 
 

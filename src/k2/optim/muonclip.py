@@ -17,6 +17,7 @@ from torch.optim.adamw import adamw
 
 from k2.config.optimizer import OptimizerConfig
 from k2.kernels import cpu
+from k2.model.backend import runs_in_c
 from k2.model.layout import LogicalTensor
 from k2.optim.chunks import Piece, equal_shapes, total
 from k2.optim.newton_schulz import Workspace
@@ -74,7 +75,7 @@ class MuonClip(torch.optim.Optimizer):
         chunks = equal_shapes(blocks, dtype, device)
         shapes = [total(pieces) for pieces in chunks]
         self._workspace = Workspace(shapes, dtype, device)
-        self._in_torch = weight.dtype != torch.float32 or not cpu.serves(self._workspace.input(1, 1, 1))
+        self._in_c = weight.dtype == torch.float32 and runs_in_c(self._workspace.input(*shapes[0]))
         return chunks
 
     def _initial_state(self) -> dict[str, Tensor]:
@@ -131,7 +132,7 @@ class MuonClip(torch.optim.Optimizer):
         config, shape = self.config, total(pieces)
         # Lemma 1 of Moonlight: a full-rank orthogonal [R, C] has the RMS 1 / sqrt(max(R, C)).
         scale = config.update_rms * sqrt(max(shape[1:]))
-        average, update = (_average, _update) if self._in_torch else (cpu.momentum, cpu.update)
+        average, update = (cpu.momentum, cpu.update) if self._in_c else (_average, _update)
         parts = [piece.count for piece in pieces]
         for piece, out in zip(pieces, self._workspace.input(*shape).split_with_sizes(parts), strict=True):
             momentum = piece.of(self._tensors[f"momentum.{piece.block.parameter}"])
@@ -140,7 +141,8 @@ class MuonClip(torch.optim.Optimizer):
         for piece, change in zip(pieces, changes.split_with_sizes(parts), strict=True):
             weight = piece.of(self._weights[piece.block.parameter])
             squares.append(update(weight, change, 1 - lr * config.weight_decay, -lr * scale))
-        return torch.cat(squares).sum() * scale**2
+        square: Tensor = torch.cat(squares).sum() * scale**2
+        return square
 
     def _adamw_step(self, gradients: Mapping[str, Tensor], lr: float) -> None:
         """AdamW (arXiv 1711.05101) through torch's own fused kernel."""

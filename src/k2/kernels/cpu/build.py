@@ -1,6 +1,6 @@
 """The CPU kernels' library: shipped with the package, or compiled once on this machine.
 
-`python -m k2.kernels.cpu.build [DIR]` compiles it beforehand, into the package or into DIR; images do.
+`python -m k2.kernels.cpu.build` compiles it beforehand into the package, for all processors of this kind; images do.
 """
 
 import ctypes
@@ -10,7 +10,6 @@ import os
 import platform
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -38,29 +37,25 @@ def library() -> ctypes.CDLL | None:
 
 
 def _built() -> Path:
-    name = f"k2-{architecture()}-{_digest()}.so"
-    shipped, kept = Path(__file__).with_name(name), _cache() / name
-    if shipped.exists():
-        return shipped
-    if not kept.exists():
-        compile_into(kept)
-    return kept
+    found = (folder / _name(architecture()) for folder in (Path(__file__).parent, _cache()))
+    return next((path for path in found if path.exists()), None) or build(_cache(), architecture())
 
 
-def compile_into(path: Path) -> None:
-    """Compile for this processor; what is at `path` is whole at any time.
+def build(folder: Path, target: str) -> Path:
+    """Compile for processors called `target`, as `architecture` has it; the library is there whole or not at all.
 
     Raises:
         OSError: no C compiler, or nowhere to write.
         subprocess.CalledProcessError: it does not compile.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    compiler = os.environ.get("CC") or (sysconfig.get_config_var("CC") or "cc").split()[0]
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder, path.name)
-        command = [compiler, *FLAGS, *_march(), str(SOURCES[0]), "-o", str(made), "-lm"]
+    folder.mkdir(parents=True, exist_ok=True)
+    compiler = os.environ.get("CC", "cc").split()
+    march = [f"-march={target}"] if target.startswith("x86-64") else []
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        made = Path(aside, _name(target))
+        command = [*compiler, *FLAGS, *march, str(SOURCES[0]), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-        made.replace(path)
+        return made.replace(folder / made.name)
 
 
 @cache
@@ -72,12 +67,9 @@ def architecture() -> str:
     return next((level for level, needed in LEVELS.items() if needed <= words), "x86-64")
 
 
-def _march() -> list[str]:
-    return [f"-march={architecture()}"] if platform.machine() == "x86_64" else []
-
-
-def _digest() -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES) + repr(FLAGS).encode()).hexdigest()[:16]
+def _name(target: str) -> str:
+    content = b"".join(path.read_bytes() for path in SOURCES) + repr(FLAGS).encode()
+    return f"k2-{target}-{hashlib.sha256(content).hexdigest()[:16]}.so"
 
 
 def _cache() -> Path:
@@ -86,12 +78,13 @@ def _cache() -> Path:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, subprocess.CalledProcessError):
-        return f"{error.cmd[0]} failed: {error.stderr.strip().splitlines()[0]}"
+        lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        return f"{error.cmd[0]} failed: {lines[0]}"
     if isinstance(error, FileNotFoundError):
         return f"no C compiler ({error.filename}); install gcc, or set CC"
     return str(error)
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
-    compile_into(folder / f"k2-{architecture()}-{_digest()}.so")
+    for target in LEVELS if platform.machine() == "x86_64" else (architecture(),):
+        print(build(Path(__file__).parent, target))
