@@ -34,7 +34,7 @@ def refused(what):
     except OSError as error:
         return type(error).__name__
     return "allowed"
-print(WORD, sorted(path.name for path in pathlib.Path(".").iterdir()))
+print(WORD, sys.argv[1], sorted(path.name for path in pathlib.Path(".").iterdir()))
 print(os.getuid() > 1000, os.getppid(), sorted(set(os.environ) - {"LC_CTYPE"}))
 print(refused(lambda: os.listdir("/var/run/secrets/kubernetes.io")), refused(lambda: open("/opt/k2/x", "w")))
 print(refused(lambda: os.kill(1, 9)), refused(lambda: open("/proc/1/mem", "rb")), refused(lambda: os.setuid(0)))
@@ -79,9 +79,9 @@ def left(platform: Platform) -> list[str]:
 def test_a_program_has_its_files_and_nothing_else(platform: Platform) -> None:
     platform.kubernetes.apply(RUNTIME)
     files = {"main.py": LOOKS_AROUND.encode(), "lib/word.py": b"WORD = 'read'"}
-    result = sandbox(platform, runtime_class="k2-e2e").run(["python", "main.py"], files, LIMITS)
+    result = sandbox(platform, runtime_class="k2-e2e").run(["python", "main.py", "$(PATH) $$"], files, LIMITS)
     assert result.output.splitlines() == [
-        "read ['lib', 'main.py']",
+        "read $(PATH) $$ ['lib', 'main.py']",
         "True 1 ['HOME', 'LANG', 'PATH']",
         "FileNotFoundError OSError",
         "allowed PermissionError PermissionError",

@@ -62,7 +62,7 @@ def ended(why: str = "", said: str = "", /, **terminated: Any) -> dict[str, Any]
 
 def test_the_pod_is_restricted_and_goes_with_its_files(kubernetes: FakeKubernetes, node: dict[str, Any]) -> None:
     place = {"runtime_class": "gvisor", "node_labels": {"pool": "sandbox"}, "tolerations": [{"key": "sandbox"}]}
-    result = sandbox(**place).run(["python", "a/main.py"], {"a/main.py": b"\xff"}, Limits(wall_s=2.5))
+    result = sandbox(**place).run(["python", "a/main.py", "$(X)"], {"a/main.py": b"\xff"}, Limits(wall_s=2.5))
     assert (result.exit_code, result.output, result.exceeded) == (0, "2026 written\n", "")
     pod, spec = node["pod"], node["pod"]["spec"]
     assert_restricted(pod)
@@ -74,7 +74,7 @@ def test_the_pod_is_restricted_and_goes_with_its_files(kubernetes: FakeKubernete
     assert pod["metadata"]["labels"]["k2.dev/team"] == "ml"
     (container,) = spec["containers"]
     assert "env" not in container
-    assert container["command"][-2:] == ["python", "a/main.py"]
+    assert container["command"][-3:] == ["python", "a/main.py", "$$(X)"]
     assert container["resources"]["limits"] == container["resources"]["requests"]
     assert node["files"]["binaryData"] == {"file-0": "/w=="}
     assert spec["volumes"][0]["configMap"]["items"] == [{"key": "file-0", "path": "a/main.py"}]

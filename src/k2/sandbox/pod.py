@@ -96,7 +96,9 @@ class PodSandbox:
         ended = next((each["state"].get("terminated") or {} for each in status.get("containerStatuses") or ()), {})
         exceeded = _exceeded(status, ended)
         if "exitCode" not in ended and not exceeded:
-            raise StageError(f"the sandbox {name} ended without a result: {status.get('message') or status['reason']}")
+            raise StageError(
+                f"the sandbox {name} ended without a result: {status.get('message') or status.get('reason')}"
+            )
         # The log of an evicted pod is gone.
         kept = status.get("reason") != "Evicted"
         output = self._cluster.output(name, CONTAINER, limits.output_bytes) if kept else b""
@@ -125,7 +127,8 @@ class PodSandbox:
         supervisor = ["python", "-m", "k2.sandbox.inside", limits.wall_s, limits.processes, limits.output_bytes]
         pod["spec"]["containers"][0] |= {
             "image": self._deployment.images[where.image],
-            "command": [*map(str, supervisor), *program],
+            # Kubernetes would put variables in place of `$(NAME)`.
+            "command": [*map(str, supervisor), *(word.replace("$", "$$") for word in program)],
             "workingDir": FOLDER,
             "resources": _resources(limits),
             "volumeMounts": [
