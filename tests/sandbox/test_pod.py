@@ -24,9 +24,9 @@ PODS, CONFIG_MAPS = "/api/v1/namespaces/ml/pods", "/api/v1/namespaces/ml/configm
 DONE = {"phase": "Succeeded", "containerStatuses": [{"state": {"terminated": {"exitCode": 0, "reason": "Completed"}}}]}
 
 
-def sandbox(**where: Any) -> PodSandbox:
+def sandbox(*, start_s: float = 30.0, **where: Any) -> PodSandbox:
     deployment = Deployment.model_validate(DEPLOYMENT | {"pull_secrets": ["registry"], "sandbox": where})
-    return PodSandbox(Cluster.connect("ml", patience_s=0.2), deployment, poll_s=0.02, start_s=0.5)
+    return PodSandbox(Cluster.connect("ml", patience_s=2.0), deployment, poll_s=0.02, start_s=start_s)
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_a_pod_that_does_not_start_is_deleted_and_says_what_it_waits_for(
     waiting = {"waiting": {"reason": "ImagePullBackOff", "message": "denied"}}
     node["status"] = {"phase": "Pending", "containerStatuses": [{"state": waiting}]}
     with pytest.raises(StageError, match="still Pending: ImagePullBackOff: denied"):
-        sandbox().run(["true"], {}, Limits())
+        sandbox(start_s=1.0).run(["true"], {}, Limits())
     assert left(kubernetes) == []
 
 
