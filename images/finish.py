@@ -16,9 +16,8 @@ UNUSED = (
     *("torch/testing/_internal/common_methods_invocations.py", "torchgen/packaged", "setuptools*", "*distutils*"),
     *("pyarrow/include", "pyarrow/src", "pyarrow/tests", "pyarrow/libarrow_flight*", "pyarrow/**/*.p[xy]*[xid]"),
     *("pyarrow/_flight*", "pyarrow/libarrow_python_flight*", "numpy/_core/include", "numpy/distutils"),
-    *(f"**/*.{suffix}" for suffix in ("a", "c", "cpp", "h", "pxd", "pyi", "pyx")),
+    *(f"**/*.{suffix}" for suffix in ("a", "pxd", "pyi", "pyx")),
     *(
-        "**/RECORD",
         "bfi/examples",
         "datatrove/**/tests",
         "matplotlib/tests",
@@ -58,6 +57,7 @@ UNUSED = (
 )
 """What no stage reads, in either image."""
 UNUSED_ON_CPU = (
+    *("**/*.c", "**/*.cpp", "**/*.h"),
     "triton",
     "triton-*",
     "torch/_inductor/codegen",

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from k2.config.deployment import Deployment
-from k2.launch.cluster import ClusterError
+from k2.launch.cluster import PODS, ClusterError
 from k2.sandbox.contract import Limits, Result
 from k2.sandbox.pod import PodSandbox
 from tests.e2e_containers.daemons import wait
@@ -122,9 +122,7 @@ def test_a_sandbox_goes_with_the_run_that_started_it(platform: Platform, monkeyp
     workflow = started(platform, "run-3")
     platform.kubernetes.apply(step("step-3", workflow, placement(platform.image, "rl"), "sleep", "600"))
     monkeypatch.setenv("K2_POD_NAME", "step-3")
-    mine = sandbox(platform)
-    body = mine.pod("k2-sandbox-orphan", ["true"], {}, LIMITS)
-    platform.kubernetes.apply(body)
+    account(platform).create(PODS, sandbox(platform).pod("k2-sandbox-orphan", ["true"], {}, LIMITS))
     assert left(platform) == ["k2-sandbox-orphan"]
     platform.kubernetes.kubectl("delete", "workflow", "run-3", f"-n={SPACE}", "--cascade=background")
     wait(lambda: not left(platform), SECONDS, lambda: str(left(platform)))

