@@ -34,8 +34,10 @@ def kernels_for(x: Tensor, *, elementwise: bool = False) -> Any:
     Where Triton was asked for and there is no GPU, the log says once that torch runs, unless TRITON_INTERPRET=1 has
     kernels interpreted. On a GPU there is no way back: a kernel that is missing or cannot run raises.
     """
+    if _choice == "torch" or not (x.is_cuda or _interprets()):
+        return None
     wide = x.dtype == torch.float32 and (elementwise or _choice == "triton")
-    if _choice == "torch" or not (wide or x.dtype in HALF) or not (x.is_cuda or _interprets()):
+    if not (wide or x.dtype in HALF):
         return None
     from k2.kernels import operations
 
