@@ -10,11 +10,12 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from k2.kernels.fp8_reference import LARGEST, WIDTH
+from k2.kernels.fp8_reference import dequantize as reference_dequantize
+from k2.kernels.fp8_reference import quantize as reference_quantize
 from k2.kernels.launch import Launch, Work
 from k2.kernels.runtime import INTERPRETED, Block, Int, Ptr, Tile, blocks, jit, rounded, runs_here, tile_for
 
-WIDTH = 128
-LARGEST = 448.0
 TILES = {
     80: Tile({"BN": 32, "NATIVE": 0}, num_warps=4),
     90: Tile({"BN": 32, "NATIVE": 1}, num_warps=4),
@@ -81,21 +82,6 @@ def dequantize_kernel(
     scale = tl.load(scale_NG + row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1), mask=row < N, other=0.0)
     x = decode(tl.load(code_ND + at, mask=open, other=0)) * scale[:, None]
     tl.store(x_ND + at, rounded(x, x_ND.dtype.element_ty), mask=open)
-
-
-def reference_quantize(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize` in torch."""
-    N, D = x_ND.shape
-    tiles = torch.nn.functional.pad(x_ND.float(), (0, -D % WIDTH)).view(N, blocks(D, WIDTH), WIDTH)
-    top = tiles.abs().amax(-1)
-    scale_NG = torch.where(top == 0, 1.0, top / LARGEST)
-    codes = (tiles / scale_NG[..., None]).to(torch.float8_e4m3fn)
-    return codes.flatten(1)[:, :D].contiguous(), scale_NG
-
-
-def reference_dequantize(code_ND: Tensor, scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
-    """`dequantize` in torch."""
-    return (code_ND.float() * scale_NG.repeat_interleave(WIDTH, dim=1)[:, : code_ND.shape[1]]).to(dtype)
 
 
 def quantize(x_ND: Tensor) -> tuple[Tensor, Tensor]:

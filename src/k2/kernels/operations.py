@@ -11,6 +11,7 @@ from torch import Tensor
 
 from k2.kernels.attention import Documents, mla_attention
 from k2.kernels.experts import Rows, arrange, routed_experts
+from k2.kernels.fp8 import dequantize, quantize
 from k2.kernels.int4 import fake_quantize
 from k2.kernels.linear_cross_entropy import linear_cross_entropy
 from k2.kernels.rms_norm import rms_norm
@@ -23,11 +24,13 @@ __all__ = [
     "Rows",
     "arrange",
     "attention",
+    "dequantize",
     "fake_quantize",
     "gated",
     "gated_backward",
     "newton_schulz",
     "packed",
+    "quantize",
     "rms_norm",
     "routed",
     "routed_experts",

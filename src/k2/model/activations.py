@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from k2.kernels import fp8_reference
+from k2.model.backend import kernels_for
 from k2.model.offload import Group, Offload
 
 Outputs = Tensor | tuple[Tensor, ...]
@@ -107,11 +109,9 @@ class Activations:
     def compress(self, tensor: Tensor) -> Tensor:
         """The tensor; unless it is computed again anyway, it is kept as FP8 E4M3, a scale for 128 values of a row."""
         if self._active and _storage(tensor) not in self._known:
-            # Imported where it is wanted: Triton takes seconds.
-            from k2.kernels.fp8 import dequantize, quantize
-
-            code_ND, scale_NG = quantize(tensor.detach().contiguous().flatten(0, -2))
-            self._replace((tensor,), partial(dequantize, dtype=tensor.dtype), (code_ND, scale_NG))
+            fp8 = kernels_for(tensor, elementwise=True) or fp8_reference
+            code_ND, scale_NG = fp8.quantize(tensor.detach().contiguous().flatten(0, -2))
+            self._replace((tensor,), partial(fp8.dequantize, dtype=tensor.dtype), (code_ND, scale_NG))
         return tensor
 
     def _replace(self, outputs: Iterable[Tensor], operation: Callable[..., Outputs], inputs: Iterable[Tensor]) -> None:
