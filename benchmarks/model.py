@@ -189,24 +189,20 @@ def cross_entropy(case: Case) -> Step:
     return lambda: torch.autograd.grad(F.cross_entropy(logits.float(), targets), logits)
 
 
-def training(name: str, rounds: int, target: float, note: str = "", **changes: Any) -> Row:
-    """Forward and backward of one batch."""
+def training(name: str, rounds: int, target: float, note: str = "", **changes: Any) -> Iterator[Row]:
+    """Forward and backward of one batch against the peer; what the peer's share would be of the bound; our share."""
     case = load_case(name, **changes)
-    steps = {"ours": own_step(case, own_model(case.config))} | peer_steps(case, peer_model(case.config))
-    return against_fastest(f"forward+backward, {name} shape{note}", interleave(steps, rounds), target)
-
-
-def bound_share(rounds: int) -> Row:
-    """How much of the step is its matrix products, the fastest attention and cross-entropy, measured alone."""
-    case = load_case("reference")
     model = own_model(case.config)
-    steps = {"ours": own_step(case, model), "products": matrix_products(case, model), "loss": cross_entropy(case)}
-    kernels = attentions(case)
-    times = interleave(steps | kernels, rounds)
-    fastest = min(kernels, key=lambda name: median(times[name]))
-    bound = [sum(parts) for parts in zip(times["products"], times[fastest], times["loss"], strict=True)]
-    peer = f"its own matrix products + {fastest} + cross-entropy, alone"
-    return row("share of the bound, reference shape", peer, quotients(bound, times["ours"]), 0.85)
+    parts, kernels = {"products": matrix_products(case, model), "loss": cross_entropy(case)}, attentions(case)
+    peers = peer_steps(case, peer_model(case.config))
+    times = interleave({"ours": own_step(case, model)} | peers | parts | kernels, rounds)
+    peer, attention = (min(sides, key=lambda side: median(times[side])) for sides in (peers, kernels))
+    bound = [sum(parts) for parts in zip(times["products"], times[attention], times["loss"], strict=True)]
+    alone = f"its own matrix products + {attention} + cross-entropy, alone"
+    claim = f"forward+backward, {name} shape{note}"
+    yield row(claim, peer, quotients(times[peer], times["ours"]), target)
+    yield row(f"limit of {claim}: {alone}", peer, quotients(times[peer], bound), None)
+    yield row(f"share of the bound, {name} shape{note}", alone, quotients(bound, times["ours"]), 0.85)
 
 
 def whole_step(rounds: int) -> Row:
@@ -305,10 +301,9 @@ def cleared(step: Step, model: nn.Module) -> Step:
 
 def rows(rounds: int) -> Iterator[Row]:
     """Every claim about the training path, measured."""
-    yield training("reference", rounds, 1.8)
-    yield training("tiny", rounds, 1.8)
-    yield training("reference", rounds, 2.5, ", 64 experts top 8", n_routed_experts=64, num_experts_per_tok=8)
-    yield bound_share(rounds)
+    yield from training("reference", rounds, 1.8)
+    yield from training("tiny", rounds, 1.8)
+    yield from training("reference", rounds, 2.5, ", 64 experts top 8", n_routed_experts=64, num_experts_per_tok=8)
     yield whole_step(rounds)
     yield growth(rounds)
     yield memory()

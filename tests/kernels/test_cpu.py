@@ -59,6 +59,13 @@ def test_rms_norm(kernels: None, rows: int, width: int) -> None:
     close(grad_gain, exact_gain, rel=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+def test_unit_rows(kernels: None, rows: int, width: int) -> None:
+    x = torch.randn(rows, width)
+    x[0] = 0
+    close(cpu.unit_rows(x, 1e-6), x.double() / (x.double().square().sum(-1, keepdim=True) + 1e-6).sqrt())
+
+
 @pytest.mark.parametrize(("rows", "inner"), SHAPES)
 @pytest.mark.parametrize("size", [1.0, 40.0], ids=["usual", "saturated"])
 def test_gated(kernels: None, rows: int, inner: int, size: float) -> None:
@@ -69,6 +76,7 @@ def test_gated(kernels: None, rows: int, inner: int, size: float) -> None:
     exact_gate_up, exact_scale = torch.autograd.grad(exact, [wide, factor], grad.double())
     grad_gate_up, grad_scale, again = cpu.gated_backward(grad, gate_up, scale)
     assert torch.equal(again, cpu.gated(gate_up, scale))
+    assert torch.equal(cpu.gated(gate_up), cpu.gated(gate_up, torch.ones(rows)))
     close(again, exact.detach())
     close(grad_gate_up, exact_gate_up)
     close(grad_scale, exact_scale, rel=1e-5)

@@ -16,6 +16,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from k2.kernels import cpu
+from k2.model.backend import runs_in_c
 from k2.model.cache import LatentCache
 from k2.model.layers import GatedMLP, RMSNorm, upcast
 from k2.model.mixture import DenseMLP, Mixture
@@ -119,7 +121,9 @@ class _Norm:
     def __init__(self, norm: RMSNorm, dtype: torch.dtype) -> None:
         width = len(norm.weight)
         self.gain_D = norm.weight.data.to(torch.promote_types(dtype, torch.float32)) * sqrt(width)
-        self.floor, self.dtype = self.gain_D.new_tensor(sqrt(width * norm.eps)), dtype
+        self.square_floor, self.dtype = width * norm.eps, dtype
+        self.floor = self.gain_D.new_tensor(sqrt(self.square_floor))
+        self.in_c = runs_in_c(self.gain_D.to(dtype))
 
     def length(self, x: Tensor) -> Tensor:
         """sqrt(sum of squares + width * eps) of each row."""
@@ -127,6 +131,9 @@ class _Norm:
         return length.hypot_(self.floor)
 
     def __call__(self, x: Tensor) -> Tensor:
+        """From float32 or wider to the precision of products."""
+        if self.in_c:
+            return cpu.unit_rows(x, self.square_floor)
         return torch.div(x, self.length(x)).to(self.dtype)
 
 

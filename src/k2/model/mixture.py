@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from k2.kernels import cpu
+from k2.model.backend import runs_in_c
 from k2.model.layers import GatedMLP
 from k2.model.moe import MixtureOfExperts
 from k2.model.products import ExpertProducts, Product, packs, sums
@@ -29,6 +31,8 @@ class DenseMLP:
 
 
 def _gated(gate_up: Tensor) -> Tensor:
+    if runs_in_c(gate_up):
+        return cpu.gated(gate_up.flatten(0, -2)).unflatten(0, gate_up.shape[:-1])
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

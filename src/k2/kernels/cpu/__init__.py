@@ -24,6 +24,7 @@ _TYPES: Final = {"p": ctypes.c_void_p, "n": ctypes.c_long, "x": ctypes.c_float}
 _SIGNATURES: Final = {
     "rms_norm": "ppppnnx",
     "rms_norm_backward": "ppppppnn",
+    "unit_rows": "ppnnx",
     "gated": "pppnn",
     "gated_backward": "ppppppnn",
     "causal_softmax": "pppnnnnnn",
@@ -76,9 +77,16 @@ def rms_norm_backward(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, scale_N1:
     return grad_x, partial.sum(0)
 
 
-def gated(gate_up_NG: Tensor, scale_N: Tensor) -> Tensor:
-    """silu(first half) * second half of each row, times the row's float32 scale."""
-    gate_up_NG, scale_N = _dense(gate_up_NG, scale_N)
+def unit_rows(x_ND: Tensor, floor: float) -> Tensor:
+    """x / sqrt(sum of squares + floor) of each row in bfloat16, from contiguous float32."""
+    out_ND = torch.empty_like(x_ND, dtype=torch.bfloat16)
+    _run("unit_rows", x_ND, out_ND, *x_ND.shape, floor)
+    return out_ND
+
+
+def gated(gate_up_NG: Tensor, scale_N: Tensor | None = None) -> Tensor:
+    """silu(first half) * second half of each row, times the row's float32 scale if there is one."""
+    (gate_up_NG,) = _dense(gate_up_NG)
     rows, width = gate_up_NG.shape
     out_NF = gate_up_NG.new_empty(rows, width // 2)
     _run("gated", gate_up_NG, scale_N, out_NF, *out_NF.shape)

@@ -58,15 +58,29 @@ void rms_norm_backward(const bf16 *grad, const bf16 *x, const float *weight, con
     }
 }
 
-// silu(first half) * second half of each row, times the row's scale: [N, 2F] -> [N, F].
+// x / sqrt(sum of squares + floor) of each row, from float32.
+void unit_rows(const float *x, bf16 *out, long rows, long width, float floor) {
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < rows; row++) {
+        const float *from = x + row * width;
+        bf16 *to = out + row * width;
+        floats squares = {0};
+        EACH(width, floats v = load_wide(from + i, n); squares += v * v;)
+        float factor = 1.0f / sqrtf(sum(squares) + floor);
+        EACH(width, store(to + i, load_wide(from + i, n) * factor, n);)
+    }
+}
+
+// silu(first half) * second half of each row, times the row's scale if there are any: [N, 2F] -> [N, F].
 void gated(const bf16 *gate_up, const float *scale, bf16 *out, long rows, long inner) {
 #pragma omp parallel for schedule(static)
     for (long row = 0; row < rows; row++) {
         const bf16 *gate = gate_up + row * 2 * inner, *up = gate + inner;
         bf16 *to = out + row * inner;
+        float factor = scale ? scale[row] : 1.0f;
         EACH(inner,
             floats g = load(gate + i, n);
-            store(to + i, g * sigmoid(g) * load(up + i, n) * scale[row], n);)
+            store(to + i, g * sigmoid(g) * load(up + i, n) * factor, n);)
     }
 }
 
