@@ -32,7 +32,7 @@ class DenseMLP:
 
 def _gated(gate_up: Tensor) -> Tensor:
     if runs_in_c(gate_up):
-        return cpu.gated(gate_up.flatten(0, -2)).unflatten(0, gate_up.shape[:-1])
+        return cpu.gated(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

@@ -75,7 +75,10 @@ class DecoderLayer(nn.Module):
         with nullcontext() if self._activations is None else self._activations.around(self.parameters()):
             # Statistics are returned, not stored: a recomputed layer cannot count its tokens twice.
             if self._whole and torch.is_grad_enabled():
-                return checkpoint(partial(self._block, context=context), x_BLD, use_reentrant=False)
+                whole: tuple[Tensor, Tensor, Routing | None] = checkpoint(
+                    partial(self._block, context=context), x_BLD, use_reentrant=False
+                )
+                return whole
             return self._block(x_BLD, context)
 
     def _block(self, x_BLD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor, Routing | None]:
@@ -114,13 +117,14 @@ class Transformer(nn.Module):
         numbers = range(config.num_hidden_layers) if layers is None else layers
         self.config, self.compute_dtype = config, compute_dtype
         self.embed_tokens = Linear(config.hidden_size, config.vocab_size) if numbers.start == 0 else None
-        self.layers = nn.ModuleDict({str(number): DecoderLayer(config, number) for number in numbers})
+        blocks = {str(number): DecoderLayer(config, number) for number in numbers}
+        self.layers = nn.ModuleDict(blocks)
         last = numbers.stop == config.num_hidden_layers
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps) if last else None
         self.lm_head = Linear(config.hidden_size, config.vocab_size) if last else None
         self.offload = Offload() if offload_activations else None
         before = None
-        for layer in self.layers.values() if recompute or fp8_storage or offload_activations else ():
+        for layer in blocks.values() if recompute or fp8_storage or offload_activations else ():
             before = layer.keep_less(recompute, fp8_storage, self.offload, before)
 
     def initialize(self, seed: int) -> "Transformer":

@@ -211,7 +211,8 @@ def _update(weight: Tensor, change_NRC: Tensor, decay: float, rate: float) -> Te
     """Apply decay and update; the sum of squares of every matrix of the change."""
     wide_NRC = change_NRC.to(weight.dtype)
     weight.mul_(decay).add_(wide_NRC, alpha=rate)
-    return torch.linalg.vector_norm(wide_NRC.flatten(1), dim=-1).square_()
+    norms: Tensor = torch.linalg.vector_norm(wide_NRC.flatten(1), dim=-1)
+    return norms.square_()
 
 
 def _gradient(parameter: nn.Parameter, weight: Tensor) -> Tensor:
