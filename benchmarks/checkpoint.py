@@ -21,7 +21,7 @@ from _table import Row, row, run
 from k2.config.model import ModelConfig
 from k2.config.optimizer import OptimizerConfig
 from k2.data.loader import TokenLoader
-from k2.distributed.checkpoint import CONNECTIONS, ShardedCheckpoints
+from k2.distributed.checkpoint import CONNECTIONS, Checkpoints
 from k2.distributed.objects import Objects
 from k2.model.layout import logical_tensors
 from k2.model.transformer import Transformer
@@ -74,7 +74,7 @@ def step(state: TrainState, batches: Batches) -> None:
 
 def copy_row(name: str, store: Store, work: WorkArea, state: TrainState, batches: Batches, rounds: int) -> Row:
     """Throughput of save and load over that of the copy; both in turn."""
-    checkpoints = ShardedCheckpoints(work, 1)
+    checkpoints = Checkpoints(work, 1)
     checkpoints.save(state, batches)
     objects = Objects(store, work.base)
     data = [objects.get(digest) for digest in objects.digests()]
@@ -100,7 +100,7 @@ def copy_row(name: str, store: Store, work: WorkArea, state: TrainState, batches
 
 def stall_rows(name: str, work: WorkArea, state: TrainState, batches: Batches, rounds: int) -> Iterator[Row]:
     """How long training stops for a save, and how much longer the step beside the upload takes."""
-    checkpoints = ShardedCheckpoints(work, 1)
+    checkpoints = Checkpoints(work, 1)
     checkpoints.save(state, batches)
     stalls, beside = [], []
     for _ in range(rounds):

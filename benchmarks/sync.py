@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,12 @@ from k2.distributed.sync import WeightSync
 from k2.model.transformer import Transformer
 
 SHAPES = Path(__file__).with_name("shapes.yaml")
+FORMS = {
+    "1 process trains, 1 infers": (1, 2),
+    "2 processes train half each and infer": (2, 2),
+    "2 processes train half each, 2 infer": (2, 4),
+}
+"""Processes with weights to send, and processes altogether."""
 
 
 def seconds(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
@@ -47,28 +54,41 @@ def ratios(config: ModelConfig, rounds: int) -> tuple[list[float], int]:
     return [seconds(lambda: into.copy_(flat)) / seconds(transfer) for _ in range(rounds)], sync.bytes
 
 
-def two_processes(config: ModelConfig, rounds: int) -> Row:
-    """The same, of two ranks of which the first one trains."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, "--rank"]
-    environment = os.environ | {"CONFIG": config.model_dump_json(), "ROUNDS": str(rounds)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    values = json.loads(done.stdout.splitlines()[-1])
-    return row("weight sync, reference shape, 2 processes, gloo", "memory copy", values, None)
+def processes(config: ModelConfig, rounds: int, form: str) -> Row:
+    """The same between processes, in the wall time of the slowest; of the copies that all of them make at once."""
+    trainers, ranks = FORMS[form]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", __file__]
+    environment = os.environ | {"CONFIG": config.model_dump_json(), "ROUNDS": str(rounds), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--rank", str(trainers)], env=environment, capture_output=True, text=True, check=True
+    )
+    values, size = json.loads(done.stdout.splitlines()[-1])
+    return row(f"weight sync, {form}, {size / 1e6:.0f} MB", f"memory copies in {ranks} processes", values, 0.7)
 
 
-def one_of_two() -> None:
-    """What each of the two processes does."""
+def one_of_many(trainers: int) -> None:
+    """What each process does: the first ones have the weights, the last ones want them."""
     dist.init_process_group("gloo")
     config, rounds = ModelConfig.model_validate_json(os.environ["CONFIG"]), int(os.environ["ROUNDS"])
-    model = Transformer(config)
-    sync = WeightSync(weights(model) if dist.get_rank() == 0 else [], weights(model) if dist.get_rank() == 1 else [])
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    pieces = weights(Transformer(config).initialize(0))
+    sync = WeightSync(
+        pieces[rank::trainers] if rank < trainers else [],
+        weights(Transformer(config)) if rank >= trainers or trainers == ranks else [],
+    )
     flat = torch.ones(sync.bytes, dtype=torch.uint8)
     into = torch.ones_like(flat)
-    sync.send(1)
-    clock = time.perf_counter
-    found = [seconds(lambda: into.copy_(flat), clock) / seconds(lambda: sync.send(2), clock) for _ in range(rounds)]
-    if dist.get_rank() == 0:
-        print(json.dumps(found))
+
+    def together(work: Callable[[], object]) -> float:
+        dist.barrier()
+        own = torch.tensor(seconds(work, time.perf_counter))
+        dist.all_reduce(own, dist.ReduceOp.MAX)
+        return own.item()
+
+    sync.send(0)
+    found = [together(lambda: into.copy_(flat)) / together(partial(sync.send, number)) for number in range(rounds)]
+    if rank == 0:
+        print(json.dumps([found, sync.bytes]))
     dist.destroy_process_group()
 
 
@@ -79,11 +99,12 @@ def rows(rounds: int) -> Iterator[Row]:
         found, size = ratios(config, rounds)
         # A few MB lie in a cache, where a copy takes as long as finding the tensors does.
         yield row(f"weight sync, {name} shape, {size / 1e6:.0f} MB", "memory copy", found, 0.7 if size > 10e6 else None)
-    yield two_processes(shapes["reference"], rounds)
+    for form in FORMS:
+        yield processes(shapes["reference"], rounds, form)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--rank"]:
-        one_of_two()
+    if sys.argv[1:2] == ["--rank"]:
+        one_of_many(int(sys.argv[2]))
     else:
         run(__doc__, rows, 15)

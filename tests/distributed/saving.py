@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from k2.data.loader import TokenLoader
 from k2.distributed import checkpoint
-from k2.distributed.checkpoint import ShardedCheckpoints
+from k2.distributed.checkpoint import Checkpoints
 from k2.distributed.mesh import join
 from k2.distributed.objects import Objects
 from k2.distributed.plan import DistributedPlan
@@ -90,7 +90,7 @@ def run(folder: Path, task: str, stack: ExitStack) -> None:
     if action == "die" and rank == dist.get_world_size() - 1:
         Killed.state = state
         checkpoint.Objects = Killed  # type: ignore[misc]
-    checkpoints = ShardedCheckpoints(work, SAVED, plan)
+    checkpoints = Checkpoints(work, SAVED, plan)
     if action == "resume":
         assert checkpoints.restore(state, source)
         assert state.step < LAST

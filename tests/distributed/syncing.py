@@ -1,19 +1,24 @@
-"""What the ranks of the synchronisation tests run: `torchrun syncing.py FOLDER pp.ep.dp ...`.
+"""What the ranks of the synchronisation tests run: `torchrun syncing.py FOLDER pp.ep.dp[:HOSTS] ...`.
 
 Every layout trains two steps, sends its weights, trains two more and sends again, to inference ranks that hold a whole
-model in bfloat16 and, beside it, their half of rows of one matrix and of columns of another. Rank r leaves
-`<layout>.<r>.pt` with what arrived and what should have, and the error of a transfer that is damaged on its way.
+model in bfloat16 and, beside it, their half of rows of one matrix and of columns of another. The third transfer is
+damaged. Rank r leaves `<task>.<r>.pt` with the error, what is in use then, and what should be. HOSTS pretends that
+ranks are on other hosts: `aab` that the last of three is.
 """
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from k2.distributed import peers
+from k2.distributed import sync
 from k2.distributed.pieces import WEIGHT, Piece, pieces_of, weights
+from k2.distributed.ring import Ring, host_of
 from k2.distributed.sync import WeightSync
 from k2.errors import StageError
 from k2.model.layout import logical_tensors
@@ -46,34 +51,47 @@ def run(name: str) -> dict[str, Any]:
     parameters, layout = plan.owned
     biases = [tensor for tensor in tensors if tensor.group == "none"]
     own = pieces_of(parameters, layout, shapes, WEIGHT) + pieces_of(state.model.state_dict(), biases, shapes, WEIGHT)
-    inference, parts = Transformer(CONFIG), halves(shapes)
-    sync = WeightSync(own, weights(inference) + parts, torch.bfloat16, limit=5000)
+    models, parts = [Transformer(CONFIG), Transformer(CONFIG)], [halves(shapes), halves(shapes)]
+    targets = [weights(model) + part for model, part in zip(models, parts, strict=True)]
+    syncing = WeightSync(own, *targets, dtype=torch.bfloat16, limit=5000)
     for version, until in ((1, 2), (2, 4)):
         steps(state, source, plan, until)
-        sync.send(version)
+        syncing.send(version)
     expected = dict(plan.weights())
-    found = {"version": sync.version, "bytes": sync.bytes, "weights": inference.state_dict(), "expected": expected}
-    found["parts"] = [part.tensor for part in parts]
-    arrive = WeightSync._arrive
-
-    def damaged(self: WeightSync, number: int, *rest: Any) -> str | None:
-        rest[0].wait()
-        self._memory[number][number % 100] ^= number == 3 and peers.rank() == 1
-        return arrive(self, number, *rest)
-
-    WeightSync._arrive = damaged  # type: ignore[method-assign]
     try:
-        sync.send(3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Ring, "fill", damaged)
+            syncing.send(3)
     except StageError as error:
-        found |= {"error": str(error), "torn": sync.version}
-    WeightSync._arrive = arrive  # type: ignore[method-assign]
-    return found
+        message = str(error)
+    return {
+        "version": syncing.version,
+        "bytes": syncing.bytes,
+        "weights": models[syncing.side].state_dict(),
+        "parts": [part.tensor for part in parts[syncing.side]],
+        "expected": expected,
+        "error": message,
+    }
+
+
+def damaged(ring: Ring, number: int, fill: Callable[[Ring, int], None] = Ring.fill) -> None:
+    """What rank 1 does with bucket 3."""
+    if number == 3 and dist.get_rank() == 1:
+        ring._slots[number][77] ^= 1
+    fill(ring, number)
+
+
+def pretended(hosts: str, device: torch.device) -> str:
+    """The host that this rank says it is on."""
+    return hosts[dist.get_rank()]
 
 
 def main(folder: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
-    for name in names:
-        torch.save(run(name), folder / f"{name}.{dist.get_rank()}.pt")
+    for task in names:
+        name, _, hosts = task.partition(":")
+        sync.host_of = partial(pretended, hosts) if hosts else host_of
+        torch.save(run(name), folder / f"{task}.{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from k2.distributed import checkpoint
-from k2.distributed.checkpoint import ShardedCheckpoints
+from k2.distributed.checkpoint import Checkpoints
 from k2.distributed.objects import Objects
 from k2.distributed.retention import Retention, listed, opened
 from k2.errors import StageError, UserError
@@ -58,13 +58,13 @@ def references(work: WorkArea) -> dict[str, set[str]]:
 
 def test_a_restored_run_makes_the_same_bytes(work: WorkArea, small_objects: None) -> None:
     straight, source = fresh()
-    checkpoints = ShardedCheckpoints(work, 2)
+    checkpoints = Checkpoints(work, 2)
     steps(straight, source, 7, checkpoints)
     checkpoints.wait()
     assert listed(work) == ["checkpoint-000000004", "checkpoint-000000006"]
     state, source = fresh(seed=1)
     torch.manual_seed(5)
-    assert ShardedCheckpoints(work, 2).restore(state, source)
+    assert Checkpoints(work, 2).restore(state, source)
     assert state.step == 6
     steps(state, source, 7)
     assert digest(state) == digest(straight)
@@ -73,7 +73,7 @@ def test_a_restored_run_makes_the_same_bytes(work: WorkArea, small_objects: None
 def test_there_may_be_nothing_to_restore(work: WorkArea) -> None:
     state, source = fresh()
     before = digest(state)
-    assert not ShardedCheckpoints(work, 2).restore(state, source)
+    assert not Checkpoints(work, 2).restore(state, source)
     assert digest(state) == before
 
 
@@ -81,7 +81,7 @@ def test_what_training_does_after_the_snapshot_is_not_saved(work: WorkArea, monk
     state, source = fresh()
     steps(state, source, 2)
     expected = digest(state)
-    checkpoints = ShardedCheckpoints(work, 1)
+    checkpoints = Checkpoints(work, 1)
     put, waited = Objects.put, []
 
     def slow(objects: Objects, data: bytes) -> str:
@@ -96,7 +96,7 @@ def test_what_training_does_after_the_snapshot_is_not_saved(work: WorkArea, monk
     checkpoints.wait()
     assert all(waited)
     other, source = fresh(1)
-    ShardedCheckpoints(work, 1).restore(other, source)
+    Checkpoints(work, 1).restore(other, source)
     assert digest(other) == expected
 
 
@@ -105,7 +105,7 @@ def test_a_corrupt_checkpoint_is_passed_over(
     work: WorkArea, small_objects: None, caplog: pytest.LogCaptureFixture, manifest: bool
 ) -> None:
     state, source = fresh()
-    checkpoints = ShardedCheckpoints(work, 1)
+    checkpoints = Checkpoints(work, 1)
     steps(state, source, 2, checkpoints)
     checkpoints.wait()
     objects, names = Objects(work.store, work.base), references(work)
@@ -117,20 +117,20 @@ def test_a_corrupt_checkpoint_is_passed_over(
         corrupt(objects, {max(new - old)})
     other, source = fresh(1)
     with caplog.at_level(logging.WARNING):
-        assert ShardedCheckpoints(work, 1).restore(other, source)
+        assert Checkpoints(work, 1).restore(other, source)
     assert other.step == 1
     assert "checkpoint-000000002 cannot be read, taking the one before" in caplog.text
     corrupt(objects, old)
     with pytest.raises(StageError, match="is corrupt"):
-        ShardedCheckpoints(work, 1).restore(other, source)
+        Checkpoints(work, 1).restore(other, source)
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_both_values(work: WorkArea) -> None:
     state, source = fresh()
-    ShardedCheckpoints(work, 1).save(state, source)
+    Checkpoints(work, 1).save(state, source)
     state.model.config = state.model.config.model_copy(update={"hidden_size": 40})
     with pytest.raises(UserError, match=r"another model: model\.hidden_size is 32 there and 40 here"):
-        ShardedCheckpoints(work, 1).restore(state, source)
+        Checkpoints(work, 1).restore(state, source)
 
 
 def failing(after: int) -> Callable[[Objects, bytes], str]:
@@ -151,7 +151,7 @@ def test_a_torn_upload_changes_nothing_and_training_goes_on(
     work: WorkArea, small_objects: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, after: int
 ) -> None:
     state, source = fresh()
-    checkpoints = ShardedCheckpoints(work, 1)
+    checkpoints = Checkpoints(work, 1)
     steps(state, source, 1, checkpoints)
     checkpoints.wait()
     before = set(Objects(work.store, work.base).digests())
@@ -172,13 +172,13 @@ def test_a_torn_upload_changes_nothing_and_training_goes_on(
     objects = Objects(work.store, work.base)
     assert len(set(objects.digests()) - before) == 3
     other, source = fresh(1)
-    assert ShardedCheckpoints(work, 1).restore(other, source)
+    assert Checkpoints(work, 1).restore(other, source)
     assert set(objects.digests()) == before
 
 
 def test_nothing_goes_that_somebody_reads(store: Store, work: WorkArea, small_objects: None) -> None:
     state, source = fresh()
-    checkpoints, objects = ShardedCheckpoints(work, 1), Objects(work.store, work.base)
+    checkpoints, objects = Checkpoints(work, 1), Objects(work.store, work.base)
     steps(state, source, 1, checkpoints)
     checkpoints.wait()
     with opened(store, KEY) as (manifest, index, _):
@@ -188,7 +188,7 @@ def test_nothing_goes_that_somebody_reads(store: Store, work: WorkArea, small_ob
         assert listed(work) == ["checkpoint-000000004", "checkpoint-000000005"]
         for name in index.digests():
             objects.get(name)
-        ShardedCheckpoints(work, 1).restore(*fresh(1))
+        Checkpoints(work, 1).restore(*fresh(1))
         for name in index.digests():
             objects.get(name)
     assert objects.being_read() == set()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from k2.distributed.checkpoint import ShardedCheckpoints
+from k2.distributed.checkpoint import Checkpoints
 from k2.distributed.objects import Objects
 from k2.distributed.retention import Retention, listed, name_of
 from k2.store.client import Store
@@ -68,7 +68,7 @@ def continued(store: Store, key: str, expected: int = 2 * SAVED) -> list[float]:
     state, source, _ = started(None)
     with Lease(store, f"work/{key}/lease.json") as lease:
         work = WorkArea(store, key, lease)
-        assert ShardedCheckpoints(work, SAVED).restore(state, source)
+        assert Checkpoints(work, SAVED).restore(state, source)
         assert listed(work)[-1] == name_of(expected)
         kept = Retention(work, Objects(store, work.base), 2)._references.values()
     assert state.step == expected

@@ -1,5 +1,9 @@
 """Weights arrive as they were, from any layout into any other, and the memory of who rests is free."""
 
+import os
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,13 +15,15 @@ from k2.distributed.sync import WeightSync
 from k2.errors import StageError
 from k2.model.layout import logical_tensors
 from k2.model.transformer import Transformer
+from k2.store.embedded import free_ports
 from tests.distributed.program import CONFIG
 from tests.distributed.saving import started, steps
 from tests.distributed.syncing import COLUMNS, ROWS
-from tests.distributed.test_saving import launch
+from tests.distributed.test_saving import ROOT, launch
 from tests.training.small import digest
 
-TWO = ["1.2.1", "2.1.1"]
+TWO = ["1.2.1", "2.1.1", "2.1.1:ab"]
+FOUR = ["1.2.2", "2.2.1:aaab", "1.2.2:abab"]
 
 
 @pytest.fixture(scope="module")
@@ -27,30 +33,62 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", TWO)
-def test_every_rank_gets_what_it_wants(two: Path, name: str) -> None:
+def arrived(folder: Path, task: str, ranks: int) -> None:
+    """Every rank has the second version of what it wants, and heard of the damage to the third."""
     parameters = {tensor.name: tensor.parameter for tensor in logical_tensors(CONFIG)}
-    for rank in range(2):
-        found = torch.load(two / f"{name}.{rank}.pt")
+    for rank in range(ranks):
+        found = torch.load(folder / f"{task}.{rank}.pt")
         assert found["version"] == 2
         for key, tensor in found["expected"].items():
             kind = torch.bfloat16 if tensor.dim() > 1 else tensor.dtype
             assert torch.equal(found["weights"][key], tensor.to(kind).to(found["weights"][key].dtype)), key
         rows, columns = found["parts"]
         whole = found["expected"][parameters[ROWS]].to(torch.bfloat16).float()
-        assert torch.equal(rows, whole.chunk(2)[rank])
+        assert torch.equal(rows, whole.chunk(ranks)[rank])
         whole = found["expected"][parameters[COLUMNS]].to(torch.bfloat16).float()
-        assert torch.equal(columns, whole.chunk(2, 1)[rank])
+        assert torch.equal(columns, whole.chunk(ranks, 1)[rank])
         size = sum(t.numel() * (2 if t.dim() > 1 else 8) for t in found["expected"].values())
         assert size <= found["bytes"] <= 1.1 * size
+        assert found["error"] == "weight synchronisation: bucket 3 of version 3 came damaged to rank 0"
 
 
-@pytest.mark.parametrize("name", TWO)
-def test_a_damaged_bucket_fails_on_every_rank(two: Path, name: str) -> None:
-    for rank in range(2):
-        found = torch.load(two / f"{name}.{rank}.pt")
-        assert found["error"] == "weight synchronisation: bucket 3 of version 3 came damaged to rank 1"
-        assert found["torn"] is None
+@pytest.mark.parametrize("task", TWO)
+def test_two_ranks_get_what_they_want(two: Path, task: str) -> None:
+    arrived(two, task, 2)
+
+
+@pytest.mark.slow
+def test_four_ranks_on_one_host_and_on_two(tmp_path: Path) -> None:
+    assert launch(4, tmp_path, FOUR, "syncing.py") == 0, (tmp_path / "stderr").read_text()
+    for task in FOUR:
+        arrived(tmp_path, task, 4)
+
+
+def shared_memory() -> set[str]:
+    """Processes that hold a ring."""
+    found = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            found |= {maps.parent.name} if "memfd:k2-sync" in maps.read_text() else set()
+    return found
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_leaves_the_old_version_in_use_and_no_memory(victim: int) -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "3"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    command = [sys.executable, str(ROOT / "tests/distributed/losing.py"), str(victim)]
+    before, files = shared_memory(), set(Path("/dev/shm").iterdir())
+    ranks = [
+        subprocess.Popen(command, env=environment | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+        for rank in range(3)
+    ]
+    said = [rank.communicate(timeout=60)[0].strip() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [-9 if number == victim else 0 for number in range(3)]
+    assert said[2] == "1 0 True"
+    assert said[1 - victim] == ("1 0 True" if victim == 0 else "None 0 False")
+    assert shared_memory() <= before
+    assert set(Path("/dev/shm").iterdir()) <= files
 
 
 @pytest.mark.parametrize("limit", [100, 1 << 20])

@@ -1,11 +1,10 @@
-"""A small pretraining run, also as a program: `python small.py FOLDER` trains and writes digests of what came out."""
+"""A small pretraining run, also as a program: `python small.py KEY` trains and prints a digest of what came out."""
 
 import hashlib
 import json
-import os
 import sys
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,10 @@ from k2.config.model import ModelConfig, RopeScaling
 from k2.config.optimizer import OptimizerConfig
 from k2.config.pretrain import PretrainConfig
 from k2.data.loader import TokenLoader
-from k2.training.checkpoint import Checkpoints
+from k2.distributed.checkpoint import Checkpoints
+from k2.store.client import Store
+from k2.store.lease import Lease
+from k2.store.work import WorkArea
 from k2.training.pretraining import build, pretrain
 from k2.training.state import TrainState
 
@@ -55,26 +57,11 @@ CONFIG = PretrainConfig(
 )
 
 
-class FolderWork:
-    """A work area in a folder, for programs that are killed: one index file, replaced atomically, is the commit."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.index = folder / "index.json"
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def names(self) -> list[str]:
-        return json.loads(self.index.read_text()) if self.index.exists() else []
-
-    def load(self, name: str) -> bytes | None:
-        return (self.folder / name).read_bytes() if name in self.names() else None
-
-    def save(self, objects: Mapping[str, bytes | Path], drop: Iterable[str] = ()) -> None:
-        for name, data in objects.items():
-            (self.folder / name).write_bytes(data.read_bytes() if isinstance(data, Path) else data)
-        part = self.folder / f"index.{os.getpid()}"
-        part.write_text(json.dumps(sorted({*self.names(), *objects} - set(drop))))
-        part.replace(self.index)
+@contextmanager
+def work_area(store: Store, key: str) -> Iterator[WorkArea]:
+    """The work area of a key, while this holds its lease."""
+    with Lease(store, f"work/{key}/lease.json") as lease:
+        yield WorkArea(store, key, lease)
 
 
 class NoProgress:
@@ -94,15 +81,15 @@ def corpus(tokens: int = 4000) -> tuple[np.ndarray, np.ndarray]:
     return (np.cumsum(steps) % 64).astype(np.uint16), np.arange(0, tokens + 1, 40)
 
 
-def run(work: Any, config: PretrainConfig = CONFIG, progress: NoProgress | None = None) -> TrainState:
-    """Pretrain on the corpus above."""
+def run(store: Store, key: str, config: PretrainConfig = CONFIG, progress: NoProgress | None = None) -> TrainState:
+    """Pretrain on the corpus above, with checkpoints under a key."""
     tokens, offsets = corpus()
     loader = TokenLoader(
         tokens, offsets, config.batch_tokens // config.context_length, config.context_length, config.seed
     )
     state, plan = build(config)
-    checkpoints = Checkpoints(work, config.checkpoint_interval)
-    pretrain(config, state, plan, loader, tokens[:400], checkpoints, progress or NoProgress())
+    with work_area(store, key) as work, Checkpoints(work, config.checkpoint_interval) as checkpoints:
+        pretrain(config, state, plan, loader, tokens[:400], checkpoints, progress or NoProgress())
     return state
 
 
@@ -116,4 +103,4 @@ def digest(state: TrainState) -> str:
 
 
 if __name__ == "__main__":
-    print(digest(run(FolderWork(Path(sys.argv[1])))))
+    print(digest(run(Store.from_environment(), sys.argv[1])))

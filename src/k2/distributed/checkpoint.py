@@ -1,4 +1,4 @@
-"""Sharded, asynchronous checkpoints: every rank writes what it owns, and any other layout can read it.
+"""Sharded, asynchronous checkpoints: every rank writes what it owns, any other layout can read it; a process is a rank.
 
 Training stops for one copy of the rank's own weights and optimizer state into memory that is kept (pinned on a GPU); a
 thread hashes and uploads it. A rank that has uploaded leaves the index of its objects; when all have, rank 0 writes one
@@ -14,7 +14,8 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -29,7 +30,6 @@ from k2.distributed.state import LiveState, Owner, refuse_other_model
 from k2.errors import StageError
 from k2.store.client import Store, StoreError
 from k2.store.work import WorkArea
-from k2.training.checkpoint import set_values, values_of
 from k2.training.state import Source, TrainState
 
 BUCKET_BYTES = 64 << 20
@@ -42,8 +42,10 @@ PATIENCE_S = 900.0
 _log = logging.getLogger(__name__)
 
 
-class ShardedCheckpoints:
+class Checkpoints:
     """Saves to and restores from a stage's work area, every `interval` steps. All ranks call the same methods.
+
+    A context: leaving it, what was begun last is committed, or finished as far as this rank can when something failed.
 
     Args:
         work: of the stage, on rank 0; elsewhere None, and the store is the one that the environment names.
@@ -61,6 +63,19 @@ class ShardedCheckpoints:
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._buffers: list[Tensor] = []
+        self._left = threading.Event()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self._left.set()
+            self._background.shutdown()
+            self._uploads.shutdown()
 
     def step(self, state: TrainState, source: Source[Any]) -> bool:
         """Begin to save if the interval says so; returns whether it did. A store that is away costs one checkpoint."""
@@ -127,7 +142,7 @@ class ShardedCheckpoints:
         problem = peers.first_problem(problem)
         if problem is None:
             live.written()
-            set_values(state, manifest["values"])
+            state.set_values(manifest["values"])
             source.load_state_dict(manifest["source"])
         return problem
 
@@ -143,7 +158,7 @@ class ShardedCheckpoints:
             "model": state.model.config.model_dump(mode="json"),
             "ranks": peers.size(),
             "source": source.state_dict(),
-            "values": values_of(state),
+            "values": state.values(),
         }
         # As text: training goes on to change the lists in there.
         self._pending = self._background.submit(self._upload, packed, name_of(state.step), json.dumps(manifest))
@@ -194,9 +209,8 @@ class ShardedCheckpoints:
         store, missing = self._objects.store, set(range(1, peers.size()))
         end, pause = time.monotonic() + PATIENCE_S, 0.01
         while missing:
-            if time.monotonic() > end or not threading.main_thread().is_alive():
+            if time.monotonic() > end or self._left.wait(pause) or not threading.main_thread().is_alive():
                 raise StageError(f"{name}: ranks {sorted(missing)[:8]} have not uploaded")
-            time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
             for info in list(store.list(self._parts(name))):
                 document = json.loads(store.get(info.name) or b"{}")

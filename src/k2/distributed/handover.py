@@ -4,9 +4,10 @@ What is in it waits elsewhere meanwhile: on a GPU in pinned memory of the host, 
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -29,38 +30,65 @@ def lent(tensors: Iterable[Tensor], folder: Path | None = None) -> Iterator[int]
     Args:
         folder: where values of CPU tensors wait; by default the system's temporary folder.
     """
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+    storages = _storages(tensors)
+    sizes = [storage.nbytes() for storage in storages]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        waiting = []
-        for number, storage in enumerate(storages.values()):
-            size = storage.nbytes()
-            place = _place(storage.device, size, Path(scratch) / str(number))
-            place.copy_(_bytes(storage), non_blocking=True)
-            waiting.append((storage, place, size))
+        fetch = [_put_away(storage, Path(scratch) / str(number)) for number, storage in enumerate(storages)]
         _settle()
-        for storage, _, _ in waiting:
+        for storage in storages:
             storage.resize_(0)
         try:
-            yield sum(size for _, _, size in waiting)
+            yield sum(sizes)
         finally:
-            for storage, place, size in waiting:
+            for storage, size, back in zip(storages, sizes, fetch, strict=True):
                 storage.resize_(size)
-                _bytes(storage).copy_(place, non_blocking=True)
+                back()
             _settle()
+
+
+class Temporary:
+    """Memory of tensors whose values need not be kept: it is theirs inside of `with` only, with any values."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._memory = [(storage, storage.nbytes()) for storage in _storages(tensors)]
+        self._free()
+
+    def __enter__(self) -> None:
+        for storage, size in self._memory:
+            storage.resize_(size)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._free()
+
+    def _free(self) -> None:
+        for storage, _ in self._memory:
+            storage.resize_(0)
+
+
+def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
+    """Of all tensors, each once."""
+    return list({tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values())
+
+
+def _put_away(storage: torch.UntypedStorage, path: Path) -> Callable[[], object]:
+    """Keep a copy of a storage's bytes; returns what brings them back."""
+    size = storage.nbytes()
+    if storage.device.type == "cpu":
+        _mapped(path, size).copy_(_bytes(storage))
+        return lambda: _bytes(storage).copy_(_mapped(path, size))
+    place = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    place.copy_(_bytes(storage), non_blocking=True)
+    return lambda: _bytes(storage).copy_(place, non_blocking=True)
+
+
+def _mapped(path: Path, size: int) -> Tensor:
+    """A file's bytes; in this process's memory as long as the tensor is."""
+    empty = torch.empty(0, dtype=torch.uint8)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8) if size else empty
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _place(device: torch.device, size: int, path: Path) -> Tensor:
-    if device.type != "cpu":
-        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    return (
-        torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
-        if size
-        else torch.empty(0, dtype=torch.uint8)
-    )
 
 
 def _settle() -> None:

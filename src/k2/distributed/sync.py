@@ -1,12 +1,13 @@
 """Weight synchronisation for RL: from training ranks into inference weights, laid out in any way on either side.
 
-The checkpoint engine's scheme (Kimi K2 report, section 3.3): every owner packs its weights into buckets and broadcasts
-them to all ranks, which take what they need; simpler than sending each rank its own, and faster for less waiting. While
-a bucket is under way the one before is unpacked and the next is packed. Each carries the version and a checksum.
+The checkpoint engine's scheme (Kimi K2 report, section 3.3): every owner packs its weights into buckets that go to all
+ranks, which take what they need; simpler than sending each rank its own, and faster for less waiting. While a bucket is
+packed, others travel and are taken. The ranks of a host take them from memory that they share, between hosts they are
+broadcast (`k2.distributed.ring`). Each carries the version and a checksum, computed while it lies in the cache.
 Within one process nothing travels, and weights are copied straight to where they are wanted.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, zip_longest
 
@@ -16,14 +17,11 @@ from torch import Tensor
 
 from k2.distributed import peers
 from k2.distributed.pieces import Bucket, Piece, buckets
+from k2.distributed.ring import SLOTS, Ring, host_of
 from k2.errors import StageError
 
-BUCKET_BYTES = 64 << 20
-"""Bytes of a bucket, at most: enough to keep a link busy."""
-SEGMENT = 8192
-"""Words of 8 bytes that a checksum adds up at a time; a bucket's memory is a multiple of them."""
-TRAILER = 16
-"""Bytes behind a bucket: version and checksum."""
+LINK_BYTES, CACHE_BYTES = 64 << 20, 1 << 20
+"""Bytes of a bucket, at most: enough to keep a link busy; on one host, few enough to stay in the cache."""
 Copies = tuple[list[Tensor], list[Tensor]]
 """Where to, and from where."""
 
@@ -32,87 +30,108 @@ class WeightSync:
     """A connection from `sources` to `targets` of all ranks; all ranks make it, and `send`, together.
 
     Attributes:
-        version: of the weights that the targets have; None before the first, and after one that failed.
+        version: of the weights in use; None before the first, and after a failure of who has no `spare`.
+        side: which weights are in use, those of `targets` (0) or of `spare` (1).
         bytes: what one `send` brings to every rank.
 
     Args:
         sources: the weights that this rank owns; where several ranks have the same rows, the first one sends them.
         targets: what this rank's inference engine wants, any rows and columns.
+        spare: the same in other memory. The two are then filled by turns, and what is in use stays as it is until the
+            next version is complete.
         dtype: what matrices travel in between processes; None leaves them as they are. Vectors do not change.
-        limit: bytes of a bucket.
+        limit: bytes of a bucket; by default what suits their way.
     Raises:
         StageError: nobody sends something that a target wants.
     """
 
     def __init__(
-        self, sources: Iterable[Piece], targets: Iterable[Piece], dtype: torch.dtype | None = None,
-        limit: int = BUCKET_BYTES,
+        self, sources: Iterable[Piece], targets: Iterable[Piece], spare: Iterable[Piece] = (), *,
+        dtype: torch.dtype | None = None, limit: int | None = None,
     ) -> None:  # fmt: skip
         self.version: int | None = None
         # In the order of memory, what lies together is copied together.
         sources = sorted(sources, key=lambda piece: piece.tensor.data_ptr())
+        sides = [list(targets), *([side] if (side := list(spare)) else [])]
         self._own: dict[str, list[Piece]] = defaultdict(list)
         for piece in sources:
             self._own[piece.key].append(piece)
+        device = next((piece.tensor.device for piece in chain(sources, *sides)), torch.device("cpu"))
+        hosts = peers.from_all(host_of(device))
+        limit = limit or (CACHE_BYTES if len(set(hosts)) == 1 < len(hosts) else LINK_BYTES)
         self._schedule = list(_in_turns(peers.from_all([_described(piece, dtype) for piece in sources]), limit))
         self.bytes = sum(bucket.size for _, bucket in self._schedule)
-        self._alone = peers.size() == 1
-        self._memory = [] if self._alone else self._buffers(sources[0].tensor.device if sources else None)
-        self._pack = [self._packing(number) for number in range(len(self._memory))]
-        self._unpack = self._unpacking(list(targets))
+        sizes = [bucket.size for _, bucket in self._schedule]
+        self._ring = Ring(hosts, max(sizes, default=0), device) if len(hosts) > 1 else None
+        self._slots = [self._ring.slot(number, size) for number, size in enumerate(sizes)] if self._ring else []
+        self._pack = [self._packing(number) for number in range(len(self._schedule))]
+        lacking: list[str] = []
+        self._unpack = [self._unpacking(side, lacking) for side in sides]
+        if (problem := peers.first_problem(next(iter(lacking), None))) is not None:
+            raise StageError(f"weight synchronisation: {problem}")
+        self.side = len(sides) - 1
 
     @torch.no_grad()
     def send(self, version: int) -> None:
         """Bring every rank's targets to what the sources' weights are now.
 
         Raises:
-            StageError: on all ranks, when a bucket came damaged to one of them; the targets are then unusable.
+            StageError: a bucket came damaged to some rank, which all ranks then say, or a rank of this host died. What
+                was sent is unusable; what is in use remains, where there is a spare.
+            RuntimeError: a rank of another host died, with the same consequences.
         """
-        self.version, problem = None, None
-        under_way: tuple[int, dist.Work] | None = None
-        for number in range(len(self._schedule)):
-            work = self._depart(number, version)
-            if under_way is not None:
-                problem = self._arrive(*under_way, version) or problem
-            under_way = None if work is None else (number, work)
-        if under_way is not None:
-            problem = self._arrive(*under_way, version) or problem
-        if (first := peers.first_problem(problem)) is not None:
-            raise StageError(f"weight synchronisation: {first}")
-        self.version = version
+        side = (self.side + 1) % len(self._unpack)
+        self.version = self.version if len(self._unpack) > 1 else None
+        if self._ring is None:
+            for copies in self._unpack[side]:
+                _copy(*copies)
+        else:
+            self._travel(self._ring, version, side)
+        self.version, self.side = version, side
 
-    def _depart(self, number: int, version: int) -> dist.Work | None:
-        """Pack a bucket and send it off."""
-        if self._alone:
-            _copy(*self._unpack[number])
+    def _travel(self, ring: Ring, version: int, side: int) -> None:
+        """Send all buckets through the ring."""
+        problem = None
+        under_way: deque[tuple[int, dist.Work | None]] = deque()
+        for number in range(len(self._schedule)):
+            under_way.append((number, self._depart(ring, number, version)))
+            if len(under_way) == SLOTS:
+                problem = self._arrive(ring, *under_way.popleft(), version, side) or problem
+        for number, work in under_way:
+            problem = self._arrive(ring, number, work, version, side) or problem
+        if ring.end(len(self._schedule), problem is not None):
+            raise StageError(f"weight synchronisation: {peers.first_problem(problem)}")
+
+    def _depart(self, ring: Ring, number: int, version: int) -> dist.Work | None:
+        """Pack a bucket, if it is this rank's, and send it to the other hosts or receive it from one."""
+        owner, slot = self._schedule[number][0], self._slots[number]
+        if not ring.writes(owner):
             return None
-        owner, memory = self._schedule[number][0], self._memory[number]
+        ring.wait_free(number)
         if owner == peers.rank():
             _copy(*self._pack[number])
-            memory[-TRAILER:].view(torch.int64).copy_(_trailer(memory, version))
-        work: dist.Work = dist.broadcast(memory, src=owner, async_op=True)
-        return work
+            slot.seal(version)
+            ring.fill(number)
+        return ring.broadcast(owner, slot.memory)
 
-    def _arrive(self, number: int, work: dist.Work, version: int) -> str | None:
-        """Check a bucket and take from it; returns what is wrong with it."""
-        work.wait()
-        memory = self._memory[number]
-        if not torch.equal(memory[-TRAILER:].view(torch.int64), _trailer(memory, version)):
-            return f"bucket {number} of version {version} came damaged to rank {peers.rank()}"
-        _copy(*self._unpack[number])
-        return None
-
-    def _buffers(self, device: torch.device | None) -> list[Tensor]:
-        """Memory of every bucket and its trailer; two that are used in turn."""
-        sizes = [_padded(bucket.size) + TRAILER for _, bucket in self._schedule]
-        both = [torch.zeros(max(sizes, default=0), dtype=torch.uint8, device=device) for _ in range(2)]
-        return [both[number % 2][:size] for number, size in enumerate(sizes)]
+    def _arrive(self, ring: Ring, number: int, work: dist.Work | None, version: int, side: int) -> str | None:
+        """Check a bucket and take from it, if this rank wants anything; returns what is wrong with it."""
+        if work is not None:
+            work.wait()
+            ring.fill(number)
+        ring.wait_filled(number)
+        copies = self._unpack[side][number]
+        sound = not copies[0] or self._slots[number].sound(version)
+        if sound:
+            _copy(*copies)
+        ring.take(number)
+        return None if sound else f"bucket {number} of version {version} came damaged to rank {peers.rank()}"
 
     def _packing(self, number: int) -> Copies:
         owner, bucket = self._schedule[number]
-        if owner != peers.rank():
+        if not self._slots or owner != peers.rank():
             return [], []
-        return _joined((view, self._rows(piece)) for piece, view in bucket.views(self._memory[number]))
+        return _joined((view, self._rows(piece)) for piece, view in bucket.views(self._slots[number].memory))
 
     def _rows(self, piece: Piece) -> Tensor:
         """This rank's memory of a piece that it described."""
@@ -122,19 +141,18 @@ class WeightSync:
     def _arrived(self, number: int) -> Iterator[tuple[Piece, Tensor]]:
         """The pieces of a bucket, and where their values are when it is there."""
         bucket = self._schedule[number][1]
-        if self._alone:
+        if not self._slots:
             return ((piece, self._rows(piece)) for piece in bucket.pieces)
-        return bucket.views(self._memory[number])
+        return bucket.views(self._slots[number].memory)
 
-    def _unpacking(self, targets: Sequence[Piece]) -> list[Copies]:
+    def _unpacking(self, targets: Sequence[Piece], lacking: list[str]) -> list[Copies]:
+        """What to take from every bucket; notes what nobody sends."""
         wanted: dict[str, list[Piece]] = defaultdict(list)
         missing = {id(target): len(target.tensor) for target in targets}
         for target in targets:
             wanted[target.key].append(target)
         found = [_joined(_taking(self._arrived(i), wanted, missing)) for i in range(len(self._schedule))]
-        lacking = next((f"nobody sends all of {target.key}" for target in targets if missing[id(target)]), None)
-        if (problem := peers.first_problem(lacking)) is not None:
-            raise StageError(f"weight synchronisation: {problem}")
+        lacking += [f"nobody sends all of {target.key}" for target in targets if missing[id(target)]]
         return found
 
 
@@ -192,14 +210,3 @@ def _longer(first: Tensor, then: Tensor) -> Tensor:
 def _copy(into: list[Tensor], source: list[Tensor]) -> None:
     if into:
         torch._foreach_copy_(into, source, non_blocking=True)
-
-
-def _padded(size: int) -> int:
-    return -(-size // (8 * SEGMENT)) * 8 * SEGMENT
-
-
-def _trailer(memory: Tensor, version: int) -> Tensor:
-    """Version and checksum: sums of the segments' words, weighted by place, modulo 2^64."""
-    sums = memory[:-TRAILER].view(torch.int64).view(-1, SEGMENT).sum(1)
-    places = torch.arange(1, 2 * len(sums), 2, device=sums.device)
-    return torch.stack([sums.new_tensor(version), (sums * places).sum()])

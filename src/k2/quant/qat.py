@@ -28,9 +28,8 @@ from k2.quant.fake_quant import fake_quantize
 from k2.rl.demonstrations import DemonstrationSource, encode_solution
 from k2.serving.chat_template import EncodedChat
 from k2.training.batches import TokenBatch
-from k2.training.checkpoint import Checkpoints
 from k2.training.loop import Loss, train
-from k2.training.state import TrainState
+from k2.training.state import Saver, TrainState
 
 
 class Distillation:
@@ -78,7 +77,7 @@ class QuantizationAwareTraining:
         self._loss = Distillation(teacher, config.temperature)
         self._source = self._packed(dialogs)
 
-    def run(self, student: Transformer, checkpoints: Checkpoints, progress: Progress) -> TrainState:
+    def run(self, student: Transformer, checkpoints: Saver, progress: Progress) -> TrainState:
         """Train `student`, which starts as a copy of the teacher, from the newest checkpoint if there is one.
 
         `notes` of the returned state hold the measurements: `bf16`, `int4_ptq` (rounded, not trained) and `int4`.

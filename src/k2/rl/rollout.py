@@ -1,7 +1,7 @@
 """Rollouts: the policy answers prompts in groups; what it wrote is trained on as it is, token for token.
 
-Weights are shared, not copied: the engine takes over the live parameters before every iteration. A segment limit makes
-long answers grow over several iterations (partial rollout); each token keeps the version of the policy that made it.
+A segment limit makes long answers grow over several iterations (partial rollout); each token keeps the version of the
+policy that made it.
 """
 
 import hashlib
@@ -67,20 +67,22 @@ class Group:
 
 
 class RolloutEngine:
-    """Advances groups with the live policy, within a token budget and, if set, a segment per call."""
+    """Advances groups, within a token budget and, if set, a segment per call."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, max_tokens: int, segment_tokens: int | None) -> None:
-        self._engine, self._tokenizer = engine, tokenizer
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, segment_tokens: int | None) -> None:
+        self._tokenizer = tokenizer
         self._budget, self._segment = max_tokens, segment_tokens or max_tokens
         self._stop = (tokenizer.special[IM_END],)
 
-    def advance(self, groups: Sequence[Group], temperature: float, seed: str, version: int) -> None:
-        """Generate up to one segment for every unfinished answer; a new group runs its prompt once for all."""
-        self._engine.refresh()
+    def advance(self, engine: Engine, groups: Sequence[Group], temperature: float, seed: str, version: int) -> None:
+        """Generate up to one segment for every unfinished answer; a new group runs its prompt once for all.
+
+        `version` is that of the policy in `engine`.
+        """
         fresh = [group for group in groups if not any(rollout.response_ids for rollout in group.rollouts)]
         begun = [group for group in groups if any(rollout.response_ids for rollout in group.rollouts)]
-        self._begin(fresh, temperature, seed, version)
-        self._continue(begun, temperature, seed, version)
+        self._begin(engine, fresh, temperature, seed, version)
+        self._continue(engine, begun, temperature, seed, version)
 
     def text(self, rollout: Rollout) -> str:
         """What the answer says, without its end token."""
@@ -90,24 +92,24 @@ class RolloutEngine:
         """Whether the whole group is ready to be judged."""
         return all(rollout.finished(self._budget) for rollout in group.rollouts)
 
-    def _begin(self, groups: Sequence[Group], temperature: float, seed: str, version: int) -> None:
+    def _begin(self, engine: Engine, groups: Sequence[Group], temperature: float, seed: str, version: int) -> None:
         if not groups:
             return
         limit = min(self._segment, self._budget)
         # Equal prompts would share a random stream, so each group has a seed of its own.
         sampling = [self._sampling(temperature, f"{seed}/begin/{i}", limit) for i in range(len(groups))]
         prompts, count = [group.prompt_ids for group in groups], len(groups[0].rollouts)
-        sampled = generate_by_length(self._engine, prompts, count, sampling)
+        sampled = generate_by_length(engine, prompts, count, sampling)
         for group, samples in zip(groups, sampled, strict=True):
             for rollout, sample in zip(group.rollouts, samples, strict=True):
                 rollout.extend(sample, version)
 
-    def _continue(self, groups: Sequence[Group], temperature: float, seed: str, version: int) -> None:
+    def _continue(self, engine: Engine, groups: Sequence[Group], temperature: float, seed: str, version: int) -> None:
         open_ = [(g, r) for g in groups for r in g.rollouts if not r.finished(self._budget)]
         prompts = [group.prompt_ids + rollout.response_ids for group, rollout in open_]
         limits = [min(self._segment, self._budget - len(rollout.response_ids)) for _, rollout in open_]
         sampling = [self._sampling(temperature, f"{seed}/continue/{i}", limit) for i, limit in enumerate(limits)]
-        sampled = generate_by_length(self._engine, prompts, 1, sampling)
+        sampled = generate_by_length(engine, prompts, 1, sampling)
         for (_, rollout), (sample,) in zip(open_, sampled, strict=True):
             rollout.extend(sample, version)
 

@@ -15,9 +15,8 @@ from k2.optim.schedule import warmup_cosine
 from k2.rl.demonstrations import DemonstrationSource
 from k2.serving.chat_template import EncodedChat
 from k2.training.batches import NextTokenLoss
-from k2.training.checkpoint import Checkpoints
 from k2.training.loop import train
-from k2.training.state import TrainState
+from k2.training.state import Saver, TrainState
 
 
 def demonstration_source(
@@ -34,7 +33,7 @@ def fine_tune(
     config: SftConfig,
     model: Transformer,
     source: DemonstrationSource,
-    checkpoints: Checkpoints | None,
+    checkpoints: Saver | None,
     progress: Progress,
     enough: Callable[[], bool] = lambda: False,
 ) -> TrainState:

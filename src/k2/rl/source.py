@@ -19,6 +19,7 @@ from k2.errors import StageError
 from k2.evaluation.harness import encode_prompt
 from k2.rl.demonstrations import DemonstrationSource
 from k2.rl.objective import PtxBatch, RolloutBatch, response_logprobs
+from k2.rl.policy import Policy
 from k2.rl.prompts import Prompts
 from k2.rl.rewards import Judge, Verdict, centred, decayed
 from k2.rl.rollout import Group, Rollout, RolloutEngine
@@ -51,12 +52,14 @@ class RolloutSource:
         config: RlConfig,
         state: TrainState,
         tokenizer: Tokenizer,
+        policy: Policy,
         engine: RolloutEngine,
         prompts: Prompts,
         judge: Judge,
         ptx: DemonstrationSource | None,
     ) -> None:
-        self._config, self._state, self._tokenizer, self._engine = config, state, tokenizer, engine
+        self._config, self._state, self._tokenizer = config, state, tokenizer
+        self._policy, self._engine = policy, engine
         self._prompts, self._judge, self._ptx = prompts, judge, ptx
         self._iteration, self._drawn = 0, 0
         self._growing: list[Group] = []
@@ -119,11 +122,12 @@ class RolloutSource:
             self._drawn += 1
         finished: list[Group] = []
         round_ = 0
-        while not finished:
-            seed = f"{self._config.seed}/{self._iteration}/{round_}"
-            self._engine.advance(self._growing, self.temperature, seed, self._state.step)
-            finished = [group for group in self._growing if self._engine.finished(group)]
-            round_ += 1
+        with self._policy.turn() as engine:
+            while not finished:
+                seed = f"{self._config.seed}/{self._iteration}/{round_}"
+                self._engine.advance(engine, self._growing, self.temperature, seed, self._policy.version)
+                finished = [group for group in self._growing if self._engine.finished(group)]
+                round_ += 1
         self._growing = [group for group in self._growing if not self._engine.finished(group)]
         return finished
 

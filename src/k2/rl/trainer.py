@@ -17,13 +17,13 @@ from k2.optim.schedule import warmup_cosine
 from k2.rl.critic import Critic
 from k2.rl.demonstrations import DemonstrationSource, task_demonstrations
 from k2.rl.objective import policy_loss
+from k2.rl.policy import Policy
 from k2.rl.prompts import Prompts, general_example
 from k2.rl.rewards import Judge
 from k2.rl.rollout import RolloutEngine
 from k2.rl.source import RolloutSource
-from k2.training.checkpoint import Checkpoints
 from k2.training.loop import train
-from k2.training.state import TrainState
+from k2.training.state import Saver, TrainState
 
 SHOWN = 8
 """Held-out problems whose answers before and after appear in the report."""
@@ -40,21 +40,23 @@ class Trainer:
         critic: Critic,
         general: Sequence[Sequence[Message]] = (),
     ) -> None:
-        self.config, self.tokenizer, self.engine = config, tokenizer, Engine(model)
+        self.config, self.tokenizer = config, tokenizer
         optimizer = MuonClip(model.named_parameters(), logical_tensors(model.config), config.optimizer)
         self.state = TrainState(model, optimizer)
+        self.policy = Policy(self.state)
         short = [r for r in general if len(encode_prompt(tokenizer, general_example(r))) <= config.max_prompt_tokens]
         self.source = RolloutSource(
             config,
             self.state,
             tokenizer,
-            RolloutEngine(self.engine, tokenizer, config.max_tokens, config.segment_tokens),
+            self.policy,
+            RolloutEngine(tokenizer, config.max_tokens, config.segment_tokens),
             Prompts(config.tasks, short, config.general_share, config.seed),
             Judge(config.reward, critic),
             self._ptx(),
         )
 
-    def run(self, checkpoints: Checkpoints | None, progress: Progress) -> TrainState:
+    def run(self, checkpoints: Saver | None, progress: Progress) -> TrainState:
         """All iterations, from the newest checkpoint if there is one, and the accuracies on the way.
 
         Raises:
@@ -89,8 +91,8 @@ class Trainer:
         notes = self.state.notes.setdefault("accuracy", [])
         if self.state.step != step or any(note["step"] == step for note in notes):
             return
-        self.engine.refresh()
-        results = {mode: self._evaluate(mode, items) for mode in MODES}
+        with self.policy.turn() as engine:
+            results = {mode: self._evaluate(engine, mode, items) for mode in MODES}
         notes.append(
             {"step": step}
             | {mode: result.score.json() for mode, result in results.items()}
@@ -98,9 +100,9 @@ class Trainer:
             | {"shown": _shown(results["greedy"])}
         )
 
-    def _evaluate(self, mode: Mode, items: int) -> MixtureResult:
+    def _evaluate(self, engine: Engine, mode: Mode, items: int) -> MixtureResult:
         c = self.config
-        return evaluate_mixture(self.engine, self.tokenizer, c.tasks, items, mode, c.seed, c.max_tokens)
+        return evaluate_mixture(engine, self.tokenizer, c.tasks, items, mode, c.seed, c.max_tokens)
 
 
 def _shown(result: MixtureResult) -> list[dict[str, Any]]:

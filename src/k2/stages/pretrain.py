@@ -11,7 +11,7 @@ import torch
 
 from k2.config.pretrain import PretrainConfig
 from k2.data.loader import TokenLoader
-from k2.distributed.checkpoint import ShardedCheckpoints
+from k2.distributed.checkpoint import Checkpoints
 from k2.distributed.plan import DistributedPlan
 from k2.distributed.watchdog import Watchdog
 from k2.execution.contract import Progress, StageResult
@@ -21,11 +21,9 @@ from k2.model.backend import use_kernels
 from k2.model.transformer import Transformer
 from k2.processes import rank
 from k2.store.artifacts import Artifact, ArtifactWriter
-from k2.training.checkpoint import Checkpoints
 from k2.training.instruments import head_statistics
-from k2.training.loop import ParallelPlan
 from k2.training.pretraining import build, join_ranks, pretrain, schedule_of
-from k2.training.state import Saver, TrainState
+from k2.training.state import TrainState
 
 
 def run(
@@ -54,17 +52,13 @@ def run(
         plan.layout.data_parallel,
     )
     heldout = np.load(tokens.path("heldout/tokens.npy"), mmap_mode="r")
-    with nullcontext() if mesh is None else Watchdog(mesh.rank, mesh.world_size, config.parallel.hang_timeout_s):
-        pretrain(config, state, plan, loader, heldout, _checkpoints(config, plan, output), progress)
+    watchdog = nullcontext() if mesh is None else Watchdog(mesh.rank, mesh.world_size, config.parallel.hang_timeout_s)
+    work, owner = output.work if rank() == 0 else None, plan if isinstance(plan, DistributedPlan) else None
+    with watchdog, Checkpoints(work, config.checkpoint_interval, owner) as checkpoints:
+        pretrain(config, state, plan, loader, heldout, checkpoints, progress)
     if model := plan.gathered(state.model):
         _write(config, state, model, tokens, output)
     return StageResult(output.publish(**_metrics(state)))
-
-
-def _checkpoints(config: PretrainConfig, plan: ParallelPlan, output: ArtifactWriter) -> Saver:
-    if isinstance(plan, DistributedPlan):
-        return ShardedCheckpoints(output.work if rank() == 0 else None, config.checkpoint_interval, plan)
-    return Checkpoints(output.work, config.checkpoint_interval)
 
 
 def _write(

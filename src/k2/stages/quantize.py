@@ -9,6 +9,7 @@ import torch
 
 from k2.config.quantize import QuantizeConfig, group_problem
 from k2.data.tokenizer import Tokenizer
+from k2.distributed.checkpoint import Checkpoints
 from k2.errors import UserError
 from k2.execution.contract import Progress, StageResult
 from k2.model import hf
@@ -17,7 +18,6 @@ from k2.quant.checkpoint import bits_per_weight
 from k2.quant.qat import QuantizationAwareTraining
 from k2.rl.demonstrations import task_demonstrations, trajectory_demonstrations
 from k2.store.artifacts import Artifact, ArtifactWriter
-from k2.training.checkpoint import Checkpoints
 from k2.training.state import TrainState
 
 
@@ -43,7 +43,8 @@ def run(
         dialogs += trajectory_demonstrations(tokenizer, inputs["trajectories"].path("trajectories.jsonl"))
     training = QuantizationAwareTraining(config, teacher, tokenizer, dialogs)
     student = copy.deepcopy(teacher).requires_grad_(True)
-    state = training.run(student, Checkpoints(output.work, config.checkpoint_steps), progress)
+    with Checkpoints(output.work, config.checkpoint_steps) as checkpoints:
+        state = training.run(student, checkpoints, progress)
 
     directory = output.path("config.json").parent
     hf.save(student, student.config, directory)

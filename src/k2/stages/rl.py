@@ -7,6 +7,7 @@ import torch
 
 from k2.config.rl import RlConfig
 from k2.data.tokenizer import Tokenizer
+from k2.distributed.checkpoint import Checkpoints
 from k2.execution.contract import Progress, StageResult
 from k2.model import hf
 from k2.model.backend import use_kernels
@@ -14,7 +15,6 @@ from k2.rl.critic import RuleCritic
 from k2.rl.prompts import opening_requests
 from k2.rl.trainer import Trainer, metrics_of, report_of
 from k2.store.artifacts import Artifact, ArtifactWriter
-from k2.training.checkpoint import Checkpoints
 
 
 def run(config: RlConfig, inputs: dict[str, Artifact], output: ArtifactWriter, *, progress: Progress) -> StageResult:
@@ -29,7 +29,8 @@ def run(config: RlConfig, inputs: dict[str, Artifact], output: ArtifactWriter, *
     general = opening_requests(inputs["trajectories"].path("trajectories.jsonl")) if config.general_share > 0 else []
     model = hf.load(folder)
     trainer = Trainer(config, model, tokenizer, RuleCritic(), general)
-    state = trainer.run(Checkpoints(output.work, config.checkpoint_iterations * config.updates), progress)
+    with Checkpoints(output.work, config.checkpoint_iterations * config.updates) as checkpoints:
+        state = trainer.run(checkpoints, progress)
     hf.save(model, model.config, output.path("config.json").parent)
     shutil.copytree(folder / "tokenizer", output.path("tokenizer/tokenizer.json").parent, dirs_exist_ok=True)
     metrics = metrics_of(state) | {"failed_samples": trainer.source.failed}

@@ -7,13 +7,13 @@ import torch
 
 from k2.config.sft import SftConfig
 from k2.data.tokenizer import Tokenizer
+from k2.distributed.checkpoint import Checkpoints
 from k2.execution.contract import Progress, StageResult
 from k2.model import hf
 from k2.model.backend import use_kernels
 from k2.rl.demonstrations import task_demonstrations, trajectory_demonstrations
 from k2.rl.sft import accuracy, accurate_enough, demonstration_source, fine_tune
 from k2.store.artifacts import Artifact, ArtifactWriter
-from k2.training.checkpoint import Checkpoints
 
 
 def run(config: SftConfig, inputs: dict[str, Artifact], output: ArtifactWriter, *, progress: Progress) -> StageResult:
@@ -32,9 +32,9 @@ def run(config: SftConfig, inputs: dict[str, Artifact], output: ArtifactWriter, 
         dialogs += trajectories[: config.max_trajectories]
     source = demonstration_source(config, tokenizer, dialogs)
     model = hf.load(folder)
-    checkpoints = Checkpoints(output.work, config.checkpoint_steps)
     enough = accurate_enough(config, model, tokenizer, progress)
-    state = fine_tune(config, model, source, checkpoints, progress, enough)
+    with Checkpoints(output.work, config.checkpoint_steps) as checkpoints:
+        state = fine_tune(config, model, source, checkpoints, progress, enough)
     hf.save(model, model.config, output.path("config.json").parent)
     shutil.copytree(folder / "tokenizer", output.path("tokenizer/tokenizer.json").parent, dirs_exist_ok=True)
     scores, losses = accuracy(config, model, tokenizer), state.history.curve("loss")

@@ -246,7 +246,6 @@ def pretrain(
             )  # fmt: skip
             measure(f"{segment.name}_after", at=segment.until)
         start = segment.until
-    checkpoints.wait()
     state.history.finish()
 
 

@@ -1,6 +1,6 @@
 """What a training run carries from step to step, and where its data comes from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +16,8 @@ class MicroBatch(Protocol):
     def tokens(self) -> int:
         """Tokens the model reads, for the schedule and the counters."""
 
+
+_SCALARS = ("step", "tokens", "skipped", "mean_loss", "notes")
 
 BatchT = TypeVar("BatchT", bound=MicroBatch)
 BatchT_co = TypeVar("BatchT_co", bound=MicroBatch, covariant=True)
@@ -36,7 +38,7 @@ class Source(Protocol[BatchT_co]):
 
 
 class Saver(Protocol):
-    """Keeps checkpoints of a run: of one process, or of all ranks together."""
+    """Keeps checkpoints of a run; `k2.distributed.checkpoint.Checkpoints` does."""
 
     def step(self, state: "TrainState", source: Source[Any]) -> bool:
         """Save if it is time to; returns whether it was."""
@@ -53,7 +55,7 @@ class Saver(Protocol):
 
 @dataclass
 class TrainState:
-    """Everything that a step changes. Together with the source's position and the RNG it is a checkpoint.
+    """Everything that a step changes; with the source's position and the RNG, what a checkpoint holds.
 
     skipped: updates skipped in a row.
     mean_loss: running mean of the loss, None before the first good step.
@@ -68,3 +70,13 @@ class TrainState:
     skipped: int = 0
     mean_loss: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def values(self) -> dict[str, Any]:
+        """What is no tensor, JSON-ready."""
+        return {name: getattr(self, name) for name in _SCALARS} | {"history": vars(self.history)}
+
+    def set_values(self, values: Mapping[str, Any]) -> None:
+        """Take over what `values` gave."""
+        for name in _SCALARS:
+            setattr(self, name, values[name])
+        self.history = History(**values["history"])
