@@ -1,8 +1,9 @@
 """What the ranks of the checkpoint tests run: `torchrun saving.py FOLDER TASK ...`, the store given by the environment.
 
 A task is `ACTION:KEY:pp.ep.dp`. `save` trains from the start and saves every two steps while it goes on to step 5;
-`resume` restores what KEY has and goes on; `die` is `save` with a last rank that is killed in its second upload. Rank 0
-leaves `<task>.json` with the losses, every rank `<task>.<rank>` with a digest of what it holds.
+`resume` restores what KEY has and goes on, on another layout to step 24; `die` is `save` with a last rank that is
+killed in its second upload. Rank 0 leaves `<task>.json` with the losses, every rank `<task>.<rank>` with a digest of
+what it holds.
 """
 
 import json
@@ -34,7 +35,7 @@ from k2.training.state import TrainState
 from tests.distributed.program import CONFIG, LENGTH, MICRO_ROWS, OPTIMIZER, ROWS, model
 from tests.training.small import NoProgress, corpus, digest
 
-SAVED, LAST = 2, 5
+SAVED, LAST, FAR = 2, 5, 24
 
 
 class Rows:
@@ -94,7 +95,8 @@ def run(folder: Path, task: str, stack: ExitStack) -> None:
     if action == "resume":
         assert checkpoints.restore(state, source)
         assert state.step < LAST
-    steps(state, source, plan, LAST, None if action == "resume" else checkpoints)
+    until = FAR if action == "resume" and key != name else LAST
+    steps(state, source, plan, until, None if action == "resume" else checkpoints)
     checkpoints.wait()
     (folder / f"{task}.{rank}").write_text(digest(state))
     if rank == 0:

@@ -82,10 +82,10 @@ class Ring:
         self._hosts = [[rank for rank, other in enumerate(hosts) if other == host] for host in hosts]
         self._local = self._hosts[peers.rank()]
         self._groups = self._rails() if len(set(hosts)) > 1 else {}
-        counters, size = (SLOTS + 2 * len(self._local)) * LINE, -(-padded(size) // LINE) * LINE * SLOTS
+        counters, size = (SLOTS + 3 * len(self._local)) * LINE, -(-padded(size) // LINE) * LINE * SLOTS
         memory = self._shared(counters + (size if device.type == "cpu" else 0))
         words = np.frombuffer(memory, np.int64, counters // 8)[:: LINE // 8]
-        self._filled, self._taken, self._spoiled = np.split(words, [SLOTS, SLOTS + len(self._local)])
+        self._filled, self._taken, *self._spoiled = np.split(words, SLOTS + len(self._local) * np.arange(3))
         self._place, self._base = self._local.index(peers.rank()), 0
         own = torch.frombuffer(memory, dtype=torch.uint8, offset=counters) if device.type == "cpu" else None
         self._slots = (torch.zeros(size, dtype=torch.uint8, device=device) if own is None else own).view(SLOTS, -1)
@@ -123,11 +123,12 @@ class Ring:
 
     def end(self, count: int, spoiled: bool) -> bool:
         """End a round of so many buckets; returns whether one was spoiled for any rank."""
-        self._spoiled[self._place] = spoiled
+        self._spoiled[0][self._place] = spoiled
         self._base += -(-count // SLOTS) * SLOTS
         self.take(-1)
         self._wait(lambda: int(self._taken.min()) >= self._base)
-        anywhere = torch.tensor(bool(self._spoiled.any()))
+        anywhere = torch.tensor(bool(self._spoiled[0].any()))
+        self._spoiled.reverse()  # who is fast must not overwrite what others still read
         if self._groups:
             dist.all_reduce(anywhere, dist.ReduceOp.MAX)
         return bool(anywhere)
