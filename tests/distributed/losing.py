@@ -11,21 +11,29 @@ import sys
 import torch
 import torch.distributed as dist
 
+from k2.distributed import straight
 from k2.distributed.pieces import weights
-from k2.distributed.ring import Ring
+from k2.distributed.shared import Board
+from k2.distributed.straight import Check, Straight
 from k2.distributed.sync import WeightSync
 from k2.errors import StageError
 from k2.model.transformer import Transformer
 from tests.distributed.program import CONFIG
 
-take = Ring.take
+write = Straight._write
 
 
-def killed(ring: Ring, number: int) -> None:
+def killed(way: Straight, board: Board, number: int, *rest: int) -> None:
     """What the victim does in the middle of a transfer."""
+    write(way, board, number, *rest)
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-    take(ring, number)
+
+
+def killed_reader(board: Board, check: Check, version: int) -> list[str]:
+    """The same of one that only reads."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return [f"{board} {check} {version}"]
 
 
 def main(victim: int) -> None:
@@ -38,7 +46,7 @@ def main(victim: int) -> None:
         sync = WeightSync([], weights(used), weights(spare), limit=5000)
     sync.send(1)
     if rank == victim:
-        Ring.take = killed  # type: ignore[method-assign]
+        Straight._write, straight._wrong = killed, killed_reader  # type: ignore[method-assign]
     with torch.no_grad():
         trained.embed_tokens.weight += 1
     try:

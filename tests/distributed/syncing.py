@@ -16,9 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from k2.distributed import sync
+from k2.distributed import straight, sync
+from k2.distributed.broadcast import Slot
 from k2.distributed.pieces import WEIGHT, Piece, pieces_of, weights
-from k2.distributed.ring import Ring, host_of
+from k2.distributed.shared import host_of
+from k2.distributed.straight import checksum
 from k2.distributed.sync import WeightSync
 from k2.errors import StageError
 from k2.model.layout import logical_tensors
@@ -37,8 +39,8 @@ def halves(shapes: dict[str, tuple[int, ...]]) -> list[Piece]:
     part, lower = columns // ranks, rows // ranks * rank
     right = slice(rank * part, (rank + 1) * part)
     return [
-        Piece(f"{WEIGHT}/{ROWS}", torch.zeros(rows // ranks, width), (rows, width), lower),
-        Piece(f"{WEIGHT}/{COLUMNS}", torch.zeros(height, part), (height, columns), 0, right),
+        Piece(f"{WEIGHT}/{ROWS}", torch.zeros(rows // ranks, width, dtype=torch.bfloat16), (rows, width), lower),
+        Piece(f"{WEIGHT}/{COLUMNS}", torch.zeros(height, part, dtype=torch.bfloat16), (height, columns), 0, right),
     ]
 
 
@@ -51,7 +53,7 @@ def run(name: str) -> dict[str, Any]:
     parameters, layout = plan.owned
     biases = [tensor for tensor in tensors if tensor.group == "none"]
     own = pieces_of(parameters, layout, shapes, WEIGHT) + pieces_of(state.model.state_dict(), biases, shapes, WEIGHT)
-    models, parts = [Transformer(CONFIG), Transformer(CONFIG)], [halves(shapes), halves(shapes)]
+    models, parts = [Transformer(CONFIG).bfloat16() for _ in range(2)], [halves(shapes), halves(shapes)]
     targets = [weights(model) + part for model, part in zip(models, parts, strict=True)]
     syncing = WeightSync(own, *targets, dtype=torch.bfloat16, limit=5000)
     for version, until in ((1, 2), (2, 4)):
@@ -60,7 +62,8 @@ def run(name: str) -> dict[str, Any]:
     expected = dict(plan.weights())
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Ring, "fill", damaged)
+            patch.setattr(Slot, "seal", damaged)
+            patch.setattr(straight, "checksum", torn)
             syncing.send(3)
     except StageError as error:
         message = str(error)
@@ -74,11 +77,17 @@ def run(name: str) -> dict[str, Any]:
     }
 
 
-def damaged(ring: Ring, number: int, fill: Callable[[Ring, int], None] = Ring.fill) -> None:
-    """What rank 1 does with bucket 3."""
-    if number == 3 and dist.get_rank() == 1:
-        ring._slots[number][77] ^= 1
-    fill(ring, number)
+def damaged(slot: Slot, version: int, seal: Callable[[Slot, int], None] = Slot.seal) -> None:
+    """What happens on rank 1 to what is broadcast."""
+    seal(slot, version)
+    slot.memory[77] ^= dist.get_rank()
+
+
+def torn(words: list[torch.Tensor], version: int) -> int:
+    """What happens on rank 1 to what it wrote."""
+    found = checksum(words, version)
+    words[0][0] ^= dist.get_rank()
+    return found
 
 
 def pretended(hosts: str, device: torch.device) -> str:

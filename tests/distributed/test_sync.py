@@ -23,7 +23,7 @@ from tests.distributed.test_saving import ROOT, launch
 from tests.training.small import digest
 
 TWO = ["1.2.1", "2.1.1", "2.1.1:ab"]
-FOUR = ["1.2.2", "2.2.1:aaab", "1.2.2:abab"]
+FOUR = ["1.2.2", "2.2.1:aabb"]
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +43,13 @@ def arrived(folder: Path, task: str, ranks: int) -> None:
             kind = torch.bfloat16 if tensor.dim() > 1 else tensor.dtype
             assert torch.equal(found["weights"][key], tensor.to(kind).to(found["weights"][key].dtype)), key
         rows, columns = found["parts"]
-        whole = found["expected"][parameters[ROWS]].to(torch.bfloat16).float()
+        whole = found["expected"][parameters[ROWS]].to(torch.bfloat16)
         assert torch.equal(rows, whole.chunk(ranks)[rank])
-        whole = found["expected"][parameters[COLUMNS]].to(torch.bfloat16).float()
+        whole = found["expected"][parameters[COLUMNS]].to(torch.bfloat16)
         assert torch.equal(columns, whole.chunk(ranks, 1)[rank])
         size = sum(t.numel() * (2 if t.dim() > 1 else 8) for t in found["expected"].values())
         assert size <= found["bytes"] <= 1.1 * size
-        assert found["error"] == "weight synchronisation: bucket 3 of version 3 came damaged to rank 0"
+        assert found["error"] == "weight synchronisation: bucket 1 of version 3 came damaged to rank 0"
 
 
 @pytest.mark.parametrize("task", TWO)
@@ -65,11 +65,12 @@ def test_four_ranks_on_one_host_and_on_two(tmp_path: Path) -> None:
 
 
 def shared_memory() -> set[str]:
-    """Processes that hold a ring."""
+    """Processes that share any."""
     found = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with suppress(OSError):
-            found |= {maps.parent.name} if "memfd:k2-sync" in maps.read_text() else set()
+            text = maps.read_text()
+            found |= {maps.parent.name} if "memfd:k2-board" in text or "/dev/shm/torch" in text else set()
     return found
 
 

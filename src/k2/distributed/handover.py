@@ -12,6 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from k2.distributed.pieces import bytes_of, storages_of
 from k2.training.state import TrainState
 
 
@@ -30,7 +31,7 @@ def lent(tensors: Iterable[Tensor], folder: Path | None = None) -> Iterator[int]
     Args:
         folder: where values of CPU tensors wait; by default the system's temporary folder.
     """
-    storages = _storages(tensors)
+    storages = storages_of(tensors)
     sizes = [storage.nbytes() for storage in storages]
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         fetch = [_put_away(storage, Path(scratch) / str(number)) for number, storage in enumerate(storages)]
@@ -50,7 +51,7 @@ class Temporary:
     """Memory of tensors whose values need not be kept: it is theirs inside of `with` only, with any values."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._memory = [(storage, storage.nbytes()) for storage in _storages(tensors)]
+        self._memory = [(storage, storage.nbytes()) for storage in storages_of(tensors)]
         self._free()
 
     def __enter__(self) -> None:
@@ -65,30 +66,21 @@ class Temporary:
             storage.resize_(0)
 
 
-def _storages(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
-    """Of all tensors, each once."""
-    return list({tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values())
-
-
 def _put_away(storage: torch.UntypedStorage, path: Path) -> Callable[[], object]:
     """Keep a copy of a storage's bytes; returns what brings them back."""
     size = storage.nbytes()
     if storage.device.type == "cpu":
-        _mapped(path, size).copy_(_bytes(storage))
-        return lambda: _bytes(storage).copy_(_mapped(path, size))
+        _mapped(path, size).copy_(bytes_of(storage))
+        return lambda: bytes_of(storage).copy_(_mapped(path, size))
     place = torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    place.copy_(_bytes(storage), non_blocking=True)
-    return lambda: _bytes(storage).copy_(place, non_blocking=True)
+    place.copy_(bytes_of(storage), non_blocking=True)
+    return lambda: bytes_of(storage).copy_(place, non_blocking=True)
 
 
 def _mapped(path: Path, size: int) -> Tensor:
     """A file's bytes; in this process's memory as long as the tensor is."""
     empty = torch.empty(0, dtype=torch.uint8)
     return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8) if size else empty
-
-
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _settle() -> None:

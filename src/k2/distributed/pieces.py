@@ -83,6 +83,16 @@ def nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def storages_of(tensors: Iterable[Tensor]) -> list[torch.UntypedStorage]:
+    """Each one once."""
+    return list({tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}.values())
+
+
+def bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    """A storage's bytes as a tensor."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Pieces that lie one behind the other in memory, at `offsets`, `size` bytes in all."""
