@@ -6,10 +6,12 @@ Afterwards every arm answers the same held-out problems; `k2.ablations.answers` 
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from k2.config.tune import TuneConfig
 from k2.data.tokenizer import Tokenizer
+from k2.distributed.checkpoint import Checkpoints
 from k2.evaluation.harness import MODES, encode_prompt, evaluate_mixture
 from k2.evaluation.tasks import Example, get_task, sample_mixture
 from k2.execution.contract import Progress
@@ -22,7 +24,7 @@ from k2.rl.sft import demonstration_source, fine_tune
 from k2.rl.trainer import Trainer
 from k2.serving.chat_template import EncodedChat
 from k2.store.work import WorkArea
-from k2.training.checkpoint import Checkpoints
+from k2.training.state import Saver
 
 
 def covered(example: Example, digits: str) -> bool:
@@ -47,10 +49,11 @@ class Tuning:
         if self.config.method == "rejection":
             self._reject(model)
         elif self.config.method == "sft":
-            self._supervise(model, self.demonstrations(), _checkpoints(work, self._sft.checkpoint_steps))
+            with _checkpoints(work, self._sft.checkpoint_steps) as checkpoints:
+                self._supervise(model, self.demonstrations(), checkpoints)
         else:
-            checkpoints = _checkpoints(work, self._rl.checkpoint_iterations * self._rl.updates)
-            Trainer(self._rl, model, self.tokenizer, RuleCritic()).run(checkpoints, self.progress)
+            with _checkpoints(work, self._rl.checkpoint_iterations * self._rl.updates) as checkpoints:
+                Trainer(self._rl, model, self.tokenizer, RuleCritic()).run(checkpoints, self.progress)
 
     def demonstrations(self) -> list[EncodedChat]:
         """The first covered problems of the seed, solved."""
@@ -82,7 +85,7 @@ class Tuning:
             **passes,
         }
 
-    def _supervise(self, model: Transformer, dialogs: Sequence[EncodedChat], checkpoints: Checkpoints | None) -> None:
+    def _supervise(self, model: Transformer, dialogs: Sequence[EncodedChat], checkpoints: Saver | None) -> None:
         source = demonstration_source(self._sft, self.tokenizer, dialogs)
         fine_tune(self._sft, model, source, checkpoints, self.progress)
 
@@ -105,8 +108,8 @@ class Tuning:
             Group({}, encode_prompt(self.tokenizer, example), [Rollout() for _ in range(rl.samples)])
             for example in examples
         ]
-        engine = RolloutEngine(Engine(model), self.tokenizer, rl.max_tokens, None)
-        engine.advance(groups, rl.temperature, f"rejection/{seed}/{round_}", 0)
+        engine = RolloutEngine(self.tokenizer, rl.max_tokens, None)
+        engine.advance(Engine(model), groups, rl.temperature, f"rejection/{seed}/{round_}", 0)
         right = [
             (tuple(g.prompt_ids), tuple(r.response_ids))
             for example, g in zip(examples, groups, strict=True)
@@ -119,5 +122,5 @@ class Tuning:
         ]
 
 
-def _checkpoints(work: WorkArea | None, interval: int) -> Checkpoints | None:
-    return None if work is None else Checkpoints(work, interval)
+def _checkpoints(work: WorkArea | None, interval: int) -> AbstractContextManager[Checkpoints | None]:
+    return nullcontext() if work is None else Checkpoints(work, interval)
