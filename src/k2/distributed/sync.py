@@ -20,7 +20,7 @@ from k2.distributed.shared import ROOM, host_of, room
 from k2.distributed.straight import Straight
 from k2.errors import StageError
 
-LINK_BYTES, CACHE_BYTES = 64 << 20, 512 << 10
+LINK_BYTES, CACHE_BYTES = 64 << 20, 1 << 20
 """Bytes of a bucket, at most: enough to keep a link busy; within a host, few enough to stay in the cache."""
 _log = logging.getLogger(__name__)
 
