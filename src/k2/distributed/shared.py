@@ -25,8 +25,9 @@ from k2.errors import StageError
 
 ROOM = Path("/dev/shm")
 """Where the kernel counts shared tensors; a container may have little of it."""
-SPINS, NAP_S, LOOKS = 200, 5e-5, 1000
-"""Who waits looks so often, then naps between looks, and every `LOOKS` looks makes sure that the others live."""
+NAP_S, LOOKS = 5e-5, 200
+"""Who waits naps between looks, so as not to take a processor from who works, and every `LOOKS` looks makes sure that
+the others live."""
 
 Handle = tuple[int, int, int]
 """A shared storage: process, file descriptor there, bytes."""
@@ -87,6 +88,6 @@ class Board:
         for look in count(1):
             if ready():
                 return
-            os.sched_yield() if look < SPINS else time.sleep(NAP_S)
+            time.sleep(NAP_S)
             if look % LOOKS == 0 and self._lives.poll(0):
                 raise StageError("weight synchronisation: a rank of this host was killed")
