@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(T
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup run nano test test-distributed e2e e2e-k8s tools lint format compile images bench bench-gpu clean
+.PHONY: help setup run nano test test-distributed e2e e2e-k8s tools audit lint format compile images bench bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ e2e-k8s: $(READY) ## a real Kubernetes 1.20 with the platform and jobs on it; th
 
 tools: $(READY) ## fetch kubectl, helm, hadolint and promtool, with which more tests run
 	$(BIN)/python manifests/tools.py
+
+audit: $(READY) ## known weaknesses of what is locked, and of IMAGES; says so where their database cannot be reached
+	$(BIN)/python -m manifests.audit $(IMAGES)
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -48,6 +48,11 @@ def share(part: str, other: str) -> str:
     return f"{parts[0]} / ({parts[0]} + {parts[1]})"
 
 
+def _slowest(histogram: str) -> str:
+    """The 95th percentile of each model."""
+    return f"histogram_quantile(0.95, sum by (model, le) (rate({histogram}_bucket[5m])))"
+
+
 DASHBOARDS = {
     "training": Dashboard(
         "Training stability",
@@ -90,6 +95,12 @@ DASHBOARDS = {
                 "none",
                 {"layer {{layer}}": f"k2_qk_clip_gamma_ratio{{{RUN}}}"},
                 "1 where no head is above tau; far below 1, logits outrun the clipping.",
+            ),
+            Panel(
+                "Largest spectral norm of the heads' projections",
+                "none",
+                {"{{run}} {{projection}}": f"k2_spectral_norm_max{{{RUN}}}"},
+                "What logits grow from: QK-Clip holds it where `spectral_interval` measures it.",
             ),
             Panel(
                 "Gradient norm and update RMS",
@@ -229,6 +240,44 @@ DASHBOARDS = {
             Panel("Tokens per second", "none", {"{{run}}": 'k2_tokens_per_second{run=~"$run",stage="rl"}'}, "Trained."),
         ),
     ),
+    "serving": Dashboard(
+        "Serving",
+        (
+            Panel(
+                "Requests per second",
+                "reqps",
+                {"{{model}} {{status}}": "sum by (model, status) (rate(k2_serve_requests_total[5m]))"},
+                "429 is too many at once, 503 a model that cannot answer any more.",
+            ),
+            Panel(
+                "Tokens per second",
+                "none",
+                {"{{model}} {{kind}}": "sum by (model, kind) (rate(k2_serve_tokens_total[5m]))"},
+                "Read from prompts, written in answers.",
+            ),
+            Panel(
+                "Questions open and waiting",
+                "none",
+                {
+                    "{{model}} open": "sum by (model) (k2_serve_open_questions)",
+                    "{{model}} waiting": "sum by (model) (k2_serve_waiting_questions)",
+                },
+                "The batch has `--rows` places; whoever waits has no token yet.",
+            ),
+            Panel(
+                "First token, 95th percentile",
+                "s",
+                {"{{model}}": _slowest("k2_serve_first_token_seconds")},
+                "From the question: queue and prompt.",
+            ),
+            Panel(
+                "Whole answer, 95th percentile",
+                "s",
+                {"{{model}}": _slowest("k2_serve_answer_seconds")},
+                "From the question to the end of its answers.",
+            ),
+        ),
+    ),
     "cost": Dashboard(
         "Queue and cost",
         (
@@ -296,7 +345,7 @@ DASHBOARDS = {
 
 def render(name: str, dashboard: Dashboard) -> dict[str, Any]:
     """A dashboard as Grafana imports it."""
-    variables = [] if name == "cost" else [_variable("run"), _variable("stage")]
+    variables = [] if name in ("cost", "serving") else [_variable("run"), _variable("stage")]
     return {
         "uid": f"k2-{name}",
         "title": f"K2 / {dashboard.title}",

@@ -98,16 +98,9 @@ def _know_itself(task: PipelineTask) -> None:
 
 
 def _resources(pool: Pool) -> ResourceSpec:
-    """CPU, memory and accelerators; requests are limits."""
-    memory, device = mebibytes(pool.memory_bytes()), pool.accelerator
-    return ResourceSpec(
-        cpu_request=pool.cpu,
-        cpu_limit=pool.cpu,
-        memory_request=memory,
-        memory_limit=memory,
-        accelerator_type=device.resource if device else None,
-        accelerator_count=str(device.count) if device else None,
-    )
+    """CPU and memory; requests are limits. Accelerators are for jobs."""
+    memory = mebibytes(pool.memory_bytes())
+    return ResourceSpec(cpu_request=pool.cpu, cpu_limit=pool.cpu, memory_request=memory, memory_limit=memory)
 
 
 def _schedule(task: PipelineTask, here: Placement) -> None:

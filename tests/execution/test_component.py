@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from kfp.dsl import Metrics
 
+from k2.config.gate import GateConfig
 from k2.config.load import load_config
-from k2.execution.component import log_metrics, run_component
+from k2.evaluation.gate import Score, dump_scores
+from k2.execution.component import log_metrics, recorded, run_component
 from k2.monitoring.run_record import read_run, summary, write_stage_record
+from k2.store.aliases import move_alias, read_alias
 from k2.store.artifacts import Artifact, finite, open_uri
 from k2.store.client import Store
 
@@ -81,6 +84,23 @@ def test_a_run_has_a_report_as_soon_as_a_stage_ended_well_or_badly(store: Store,
     found, page = pages()
     assert (found["status"], found["stages"]["corpus"]["status"]) == ("failed", "failed")
     assert "nowhere.txt" in page
+
+
+def test_a_gate_that_judged_something_new_found_nothing_done(store: Store, make_artifact: Make) -> None:
+    """It always runs; also when the champion stays, it did its work, unless all before it was there already."""
+    score = Score(value=0.5, low=0.4, high=0.6, n=10, protocol="p")
+    evaluation = {"final": "int4", "models": {"int4": dump_scores({"sum": score})}}
+    export = make_artifact("export", {"int4/config.json": b"{}"})
+    move_alias(store, read_alias(store, "champion"), export)
+    made = make_artifact("evaluate", {"evaluation.json": json.dumps(evaluation).encode()})
+    inputs = {"evaluation": made, "export": export}
+    manifests = {name: each.manifest.model_dump_json() for name, each in inputs.items()}
+    for cached in (False, True):
+        for stage in ("evaluate", "export"):
+            write_stage_record(store, "r", {"stage": stage, "status": "done", "cached": cached})
+        outcome = recorded("gate", GateConfig(primary="sum"), manifests, "r")
+        assert (outcome.cached, outcome.metrics["promote"]) == (cached, False)
+        assert summary("r", "nano", "done", 1.0, read_run(store, "r"))["stages"]["gate"]["cached"] is cached
 
 
 def test_finite_metrics_have_no_flag() -> None:

@@ -17,6 +17,7 @@ from k2.errors import UserError
 from k2.launch.app import application
 from k2.launch.backend import Backend, State, Terms
 from k2.launch.indexed_job import IndexedJob
+from k2.launch.node import main as node_main
 from k2.launch.trainjob import TrainJob
 from tests.launch.conftest import placement
 
@@ -199,7 +200,7 @@ def test_running_is_when_pods_are_ready() -> None:
 
 
 PROGRAM = """
-import os, sys
+import os, pathlib, sys
 import torch
 import torch.distributed as dist
 dist.init_process_group("gloo")
@@ -208,7 +209,10 @@ dist.all_reduce(total)
 me = f"rank {dist.get_rank()} of {dist.get_world_size()} on node {os.environ['GROUP_RANK']}"
 print(f"{me}: {total.item():g}", flush=True)
 dist.destroy_process_group()
-sys.exit(int(os.environ.get("CODE", "0")))
+codes = os.environ["CODE"].split()
+tries = pathlib.Path(os.environ["TRIES"])
+tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+sys.exit(int(codes[min(len(tries.read_text()), len(codes)) - 1]))
 """
 
 
@@ -223,6 +227,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         meet = ["--nodes", str(nodes), "--node", str(index), "--host-in", "FIRST", "--port", "29611"]
         command = [sys.executable, "-m", "k2.launch.node", *meet, "--processes", "1", "--", "summing"]
         monkeypatch.setenv("CODE", code)
+        monkeypatch.setenv("TRIES", str(tmp_path / f"tries-{index}"))
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     return start
@@ -241,3 +246,27 @@ def test_a_users_error_is_told_from_others(node: Any, code: str, seen: int) -> N
     process = node(0, 1, code)
     process.communicate(timeout=60)
     assert process.returncode == seen
+
+
+def test_ranks_that_hung_start_again_in_their_pod(node: Any, tmp_path: Path) -> None:
+    """And a user's error after that still ends the job."""
+    process = node(0, 1, "75 2 0")
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 2, output
+    assert (tmp_path / "tries-0").read_text() == "xx"
+    assert "the ranks hung: restart 1 of 3" in output
+
+
+@pytest.mark.parametrize(
+    ("nodes", "codes", "seen", "tries"),
+    [(1, [75, 75, 0], 0, 3), (1, [75] * 9, 1, 4), (1, [1, 0], 1, 1), (1, [-9, 0], 1, 1), (2, [75, 0], 1, 1)],
+)
+def test_only_hung_ranks_of_a_single_node_start_again(
+    nodes: int, codes: list[int], seen: int, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several nodes the job starts the pods again: a new pod would not meet those that count on."""
+    left = list(codes)
+    monkeypatch.setattr("k2.launch.node._attempt", lambda _: left.pop(0))
+    numbers = ["--nodes", str(nodes), "--node", "0", "--port", "1", "--processes", "1"]
+    assert node_main([*numbers, "--host-in", "X", "--", "summing"]) == seen
+    assert len(codes) - len(left) == tries

@@ -333,6 +333,19 @@ def test_waiting_and_working_have_limits_of_their_own(
     assert "was pending for 1 s (Unschedulable: 0/3 nodes); raise timeouts.queue_hours; the job is deleted" in error
 
 
+def test_a_missing_secret_is_said_at_once_and_not_after_a_day(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher]
+) -> None:
+    """The launcher may not read Secrets, so it is the pod that tells."""
+    waiting = {"reason": "CreateContainerConfigError", "message": 'secret "k2-s3" not found'}
+    states = [{"state": {"waiting": waiting}}]
+    pod = {"metadata": {"name": "p", "labels": {"job-name": NAME}}, "spec": {}, "status": {"containerStatuses": states}}
+    kubernetes.add("/api/v1/namespaces/ml/pods", pod)
+    error = str(Run(launcher(times=Times(0.02, 0.1, 0.2, 10.0))).end().error)
+    assert 'cannot start (CreateContainerConfigError: secret "k2-s3" not found); create it, or correct the' in error
+    assert kubernetes.of("jobs") == []
+
+
 def queued(kubernetes: FakeKubernetes, **timeouts: int) -> Placement:
     kubernetes.add(
         "/apis/kueue.x-k8s.io/v1beta2/namespaces/ml/localqueues", {"metadata": {"name": "k2-gpu"}, "spec": {}}
@@ -357,6 +370,18 @@ def test_a_queue_that_is_not_there_is_refused_before_anything_is_made(
     assert isinstance(error, UserError)
     assert "pools.job.queue: there is no LocalQueue 'k2-gpu' in ml" in str(error)
     assert kubernetes.of("jobs") == []
+
+
+def test_a_kind_of_job_that_nothing_serves_is_refused_before_anything_is_made(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher]
+) -> None:
+    here = placement("pretrain", "gpus")
+    queued(kubernetes)
+    kubernetes.failures.append(Failure("GET", "trainjobs", 404))
+    error = Run(launcher(here)).end().error
+    assert isinstance(error, UserError)
+    assert "pools.gpus.launch: nothing serves trainer.kubeflow.org/v1alpha1 in this cluster; install" in str(error)
+    assert not [verb for verb, _ in kubernetes.requests if verb == "POST"]
 
 
 def test_a_suspended_job_that_kueue_does_not_know_fails_with_the_reason(

@@ -23,6 +23,42 @@ COMMANDS = [
 ]
 
 
+PROOFS = {
+    "python images/build.py cpu": "tests/e2e_containers/test_dag.py::test_every_step_is_done",
+    "python images/build.py gpu": "tests/images/test_images.py::test_structure",
+    "k2 images list": "tests/images/test_images_command.py::test_list_prints_every_image_by_digest",
+    "k2 images mirror": "tests/images/test_images_command.py::test_mirror_copies_and_prints_what_the_deployment",
+    "kubectl apply --server-side -k manifests/admin": "tests/manifests/test_manifests.py::test_every_object_is_valid",
+    "kubectl -n kubeflow create secret": "tests/manifests/test_docs_platform.py::test_commands_work",
+    "kubectl kustomize": "tests/manifests/test_docs_platform.py::test_commands_work",
+    "kubectl apply --server-side -k manifests/overlays/dev": "tests/e2e_k8s/test_platform.py::test_the_cluster_took",
+    "helm install": "tests/manifests/test_first_pipeline.py::test_what_the_upload_runs_puts_the_pipelines_there",
+    "k2 pipeline compile": "tests/manifests/test_docs_platform.py::test_commands_work",
+    "kubectl apply --server-side --filename compiled": "tests/manifests/test_manifests.py::test_compiled_pipelines_are",
+    "k2 doctor": "tests/e2e_k8s/test_platform.py::test_doctor_finds_the_account_complete",
+    "k2 pipeline submit": "tests/platform/test_api.py::test_from_nothing_to_a_finished_run",
+    "k2 gc plan": "tests/store/test_gc.py::test_on_the_command_line",
+    "k2 gc apply": "tests/store/test_gc.py::test_on_the_command_line",
+}
+"""Beginning of a documented command -> file and beginning of the test that runs it, or what it applies."""
+SHOWN = [
+    line.removeprefix("$ ")
+    for block in re.findall(r"```(?:sh|console)\n(.*?)```", (ROOT / "docs" / "platform.md").read_text(), re.DOTALL)
+    for line in block.strip().splitlines()
+]
+
+
+@pytest.mark.parametrize("command", SHOWN)
+def test_every_command_of_the_page_is_exercised(command: str) -> None:
+    (proof,) = [proof for start, proof in PROOFS.items() if command.startswith(start)]
+    file, _, test = proof.partition("::")
+    assert f"def {test}" in (ROOT / file).read_text()
+
+
+def test_no_proof_is_of_a_command_that_the_page_does_not_have() -> None:
+    assert [start for start in PROOFS if not any(command.startswith(start) for command in SHOWN)] == []
+
+
 def run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -164,7 +164,8 @@ def test_names_of_a_deployment_file_are_looked_up(cluster: Cluster) -> None:
     cluster.hidden = {f"{base}/secrets/llm-endpoint"}
     deployment = str(ROOT / "pipelines" / "deployments" / "gpu.yaml")
     code, found, _ = diagnose("--account", "pipeline-runner", "--deployment", deployment)
-    states = {name: found[name][0] for name in found if name.split()[0] in ("Secret", "ConfigMap", "LocalQueue")}
+    names = ("Secret", "ConfigMap", "LocalQueue", "ClusterTrainingRuntime")
+    states = {name: found[name][0] for name in found if name.split()[0] in names}
     assert code == 1
     assert states == {
         "Secret k2-s3": "ok",
@@ -172,7 +173,23 @@ def test_names_of_a_deployment_file_are_looked_up(cluster: Cluster) -> None:
         "Secret llm-endpoint": "absent",
         "ConfigMap cluster-ca": "ok",
         "LocalQueue k2-gpu": "failed",
+        "ClusterTrainingRuntime k2-torch-gpu": "failed",
     }
+    problems = {name: found[name][1] for name, state in states.items() if state == "failed"}
+    assert problems["Secret registry"].startswith("pull_secrets: there is none in kubeflow; `kubectl create secret`")
+    assert problems["LocalQueue k2-gpu"].startswith("queues: there is none in kubeflow; manifests/components/kueue")
+    assert problems["ClusterTrainingRuntime k2-torch-gpu"].startswith("pools.gpu.runtime: there is none")
+
+
+def test_an_operator_that_a_pool_needs_is_missed(cluster: Cluster) -> None:
+    cluster.groups = ["batch/v1"]
+    deployment = str(ROOT / "pipelines" / "deployments" / "gpu.yaml")
+    code, found, _ = diagnose("--account", "pipeline-runner", "--deployment", deployment)
+    assert code == 1
+    state, detail = found["pools.gpu.launch"]
+    assert (state, detail.partition(";")[0]) == ("failed", "nothing serves trainer.kubeflow.org/v1alpha1")
+    assert found["pools.gpu.queue"][0] == "failed"
+    assert found["pools.gpu.queue"][1].endswith("install Kueue, or remove the queue")
 
 
 def test_a_cluster_that_does_not_answer_is_one_line(cluster: Cluster) -> None:

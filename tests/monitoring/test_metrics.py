@@ -13,8 +13,8 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from k2.errors import UserError
-from k2.monitoring.events import StageProgress
-from k2.monitoring.metrics import REGISTRY, StageMetrics, serve_from_environment
+from k2.monitoring.events import StageProgress, progress_for
+from k2.monitoring.metrics import REGISTRY, ServeMetrics, StageMetrics, serve_from_environment
 from k2.store.embedded import free_ports
 
 BASE_UNITS = (
@@ -29,6 +29,7 @@ BASE_UNITS = (
     "clip",
     "norm",
     "rms",
+    "questions",
 )
 
 
@@ -55,7 +56,9 @@ def test_names_have_the_prefix_and_a_base_unit_and_labels_are_bounded() -> None:
         family = names[0]
         assert re.fullmatch(r"k2_[a-z_]+", family)
         assert any(name.endswith(BASE_UNITS) for name in names), names
-        assert collector._labelnames in [("stage", "run", *more) for more in ((), ("layer",), ("projection",))]
+        of_stages = [("stage", "run", *more) for more in ((), ("layer",), ("projection",))]
+        of_models = [("model", *more) for more in ((), ("status",), ("kind",))]
+        assert collector._labelnames in (*of_stages, *of_models)
 
 
 def test_progress_becomes_metrics_that_parse() -> None:
@@ -90,6 +93,28 @@ def test_totals_become_increments_and_a_resumed_total_counts_once() -> None:
     assert value("k2_rephrase_rejected_total", stage="rephrase", run="r2") == 4
     StageMetrics("synthesize", "r2").progress(7, 7, 1.0, None, {"accepted": 7})
     assert value("k2_trajectories_accepted_total", stage="synthesize", run="r2") == 7
+
+
+def test_a_served_model_counts_what_it_reads_writes_and_keeps_waiting() -> None:
+    metrics = ServeMetrics("m")
+    with metrics.question(7) as token:
+        assert (value("k2_serve_open_questions", model="m"), value("k2_serve_waiting_questions", model="m")) == (1, 1)
+        token()
+        assert value("k2_serve_waiting_questions", model="m") == 0
+        token()
+    with pytest.raises(RuntimeError), metrics.question(3):
+        raise RuntimeError
+    assert (value("k2_serve_open_questions", model="m"), value("k2_serve_waiting_questions", model="m")) == (0, 0)
+    assert value("k2_serve_tokens_total", model="m", kind="read") == 10
+    assert value("k2_serve_tokens_total", model="m", kind="written") == 2
+    assert value("k2_serve_first_token_seconds_count", model="m") == 1
+    assert value("k2_serve_answer_seconds_count", model="m") == 2
+
+
+def test_steps_name_their_run_in_metrics() -> None:
+    """Kubeflow's pods have no K2_RUN: the component says it."""
+    progress_for("sft", "first").update(1, 2, "steps")
+    assert value("k2_stage_progress_ratio", stage="sft", run="first") == 0.5
 
 
 def test_cache_hits_count_only_when_cached() -> None:

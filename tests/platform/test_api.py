@@ -316,6 +316,28 @@ def test_submit_keeps_to_a_budget(store: Store, kubeflow: fake.Kubeflow, tmp_pat
     assert "no pool has a price" in k2("submit", "--budget", "10").stderr
 
 
+def test_submit_keeps_to_the_deployment_files_budget(
+    store: Store, kubeflow: fake.Kubeflow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = yaml.safe_load(DEPLOYMENT.read_text())
+    document["budget"] = {"limit": 50, "days": 7}
+    for pool in document["pools"].values():
+        pool["cost_per_hour"] = 3600.0
+    (tmp_path / "priced.yaml").write_text(yaml.safe_dump(document))
+    command = ["pipeline", "submit", "--deployment", str(tmp_path / "priced.yaml")]
+    assert CliRunner().invoke(main, ["pipeline", "upload", *command[2:], "--pipeline", "k2"]).exit_code == 0
+    assert CliRunner().invoke(main, command).exit_code == 0
+    write_stage_record(store, "before", {"stage": "rl", "status": "done", "wall_s": 30.0})
+    write_stage_record(store, "before", {"stage": "report", "status": "done"})
+    over = CliRunner().invoke(main, command)
+    assert over.exit_code == 2
+    assert over.stderr.startswith("error: budget in the deployment file: over budget: 30.00 spent in 7 days and 30.00")
+    assert len(kubeflow.rows("runs")) == 1
+    assert CliRunner().invoke(main, [*command, "--budget", "61"]).exit_code == 0
+    monkeypatch.delenv("K2_S3_ENDPOINT")
+    assert "K2_S3_ENDPOINT is not set" in CliRunner().invoke(main, command).stderr
+
+
 # Access.
 
 

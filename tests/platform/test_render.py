@@ -17,6 +17,9 @@ from k2.config.quantity import amount
 from k2.errors import UserError
 from k2.execution.component import resolve_config
 from k2.execution.registry import STAGES
+from k2.launch.app import application
+from k2.launch.backend import Terms
+from k2.launch.indexed_job import IndexedJob
 from k2.platform.pods import LAUNCH_VARIABLE, PRESET_VARIABLE, environment, labels
 from k2.platform.render import MAX_BYTES, PIPELINES, RECIPES, Rendering, render, spec_digest
 
@@ -91,16 +94,14 @@ def test_containers_are_what_the_deployment_says(rendering: Rendering, deploymen
         assert size["resourceCpuRequest"] == size["resourceCpuLimit"] == pool.cpu
         assert size["resourceMemoryRequest"] == size["resourceMemoryLimit"]
         assert amount(size["resourceMemoryLimit"]) == pool.memory_bytes()
-        accelerator = size.get("accelerator", {})
-        wanted = pool.accelerator
-        assert accelerator.get("resourceType") == (wanted.resource if wanted else None), name
+        assert "accelerator" not in size, name
         waits = work.queue_timeout_s + 600 if launched else 0
         assert int(settings["activeDeadlineSeconds"]) == work.timeout_s + waits
         assert (LAUNCH_VARIABLE in env) == launched
         if launched:
             assert Placement.model_validate_json(env[LAUNCH_VARIABLE]) == work
         else:
-            jobs = {"K2_JOBS": "trainjob"} if name == "report" and deployment.job_kinds() else {}
+            jobs = {"K2_JOBS": "job,trainjob"} if name == "report" and deployment.job_kinds() else {}
             assert env == environment(work) | jobs
             assert settings["podMetadata"]["labels"] == labels(work) | {"k2.dev/run": "{{workflow.name}}"}
 
@@ -164,18 +165,19 @@ def test_a_pinned_preset_refuses_others(monkeypatch: pytest.MonkeyPatch, capsys:
     assert "preset: 'nano' is not 'tiny', the only one that the deployment file allows" in capsys.readouterr().err
 
 
-def test_a_gpu_pod_gets_its_slice_its_shm_and_its_taint(gpu: Deployment) -> None:
-    container, settings = next((c, s) for name, c, s in placed(render("k2", gpu)) if name == "evaluate")
-    assert container["resources"]["accelerator"] == {
-        "count": "1",
-        "resourceCount": "1",
-        "resourceType": "nvidia.com/mig-1g.10gb",
-        "type": "nvidia.com/mig-1g.10gb",
-    }
-    assert {"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "8Gi", "volumeName": "shm"} in settings[
-        "emptyDirMounts"
-    ]
-    assert settings["tolerations"] == [{"effect": "NoSchedule", "key": "nvidia.com/gpu", "operator": "Exists"}]
+def test_a_step_never_waits_for_an_accelerator_and_its_job_gets_slice_shm_and_taint(gpu: Deployment) -> None:
+    """The lookup of the result runs on CPU: a stage that is there already schedules no pod with a GPU."""
+    for name, container, _ in placed(render("k2", gpu)):
+        assert "accelerator" not in container["resources"], name
+        launches = LAUNCH_VARIABLE in {each["name"] for each in container["env"]}
+        assert launches == (gpu.placement(name).pool.accelerator is not None), name
+    job = IndexedJob().job(application("x", gpu.placement("evaluate"), ["k2.launch.rank", "w"]), Terms("ml"))
+    pod = job["spec"]["template"]["spec"]
+    limits = pod["containers"][0]["resources"]["limits"]
+    assert limits["nvidia.com/mig-1g.10gb"] == "1"
+    assert limits["memory"] == f"{(32 + 8) * 1024}Mi"
+    assert {"name": "k2-shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}} in pod["volumes"]
+    assert pod["tolerations"] == [{"effect": "NoSchedule", "key": "nvidia.com/gpu", "operator": "Exists"}]
 
 
 def test_scratch_of_each_kind_the_ca_and_the_proxy_arrive(gpu: Deployment) -> None:

@@ -1,6 +1,7 @@
 """Schedules: the file, the plan, applying it, and two people who apply at once."""
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from k2.cli import main
 from k2.config.deployment import Deployment
 from k2.errors import StageError, UserError
 from k2.platform.api import PipelinesApi
+from k2.platform.cron import last_due, valid_cron
 from k2.platform.documents import read_section
 from k2.platform.render import Rendering
-from k2.platform.schedule_file import Schedules, _cron
+from k2.platform.schedule_check import check
+from k2.platform.schedule_file import Schedules
 from k2.platform.schedules import LEASE, apply, plan
 from k2.platform.versions import prune, upload
 from k2.store.client import Store
@@ -187,7 +190,7 @@ def test_what_the_server_lacks_is_refused_before_anything_changes(
     ).map(" ".join)
 )
 def test_every_cron_of_the_usual_form_is_accepted(text: str) -> None:
-    assert _cron(text) == text
+    assert valid_cron(text) == text
 
 
 @pytest.mark.parametrize(
@@ -208,7 +211,7 @@ def test_every_cron_of_the_usual_form_is_accepted(text: str) -> None:
 )
 def test_no_other_cron_is(text: str) -> None:
     with pytest.raises(ValueError, match="is no "):
-        _cron(text)
+        valid_cron(text)
 
 
 def k2(*arguments: str) -> Result:
@@ -228,3 +231,76 @@ def test_the_command_line(kubeflow: fake.Kubeflow, store: Store) -> None:
         told = k2("apply", str(SHIPPED))
     assert told.exit_code == 1
     assert "is applying schedules" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "now", "due"),
+    [
+        ("0 3 * * *", "2026-03-10 02:59", "2026-03-09 03:00"),
+        ("0 3 * * *", "2026-03-10 03:00", "2026-03-10 03:00"),
+        ("*/20 1-2,22 * * *", "2026-03-10 21:00", "2026-03-10 02:40"),
+        ("5/20 * * * *", "2026-03-10 21:50", "2026-03-10 21:45"),
+        ("0 3 * * sun", "2026-03-10 12:00", "2026-03-08 03:00"),
+        ("0 0 29 feb *", "2026-03-10 12:00", "2024-02-29 00:00"),
+        ("0 0 31 * mon", "2026-03-10 12:00", "2026-03-09 00:00"),
+        ("0 0 9 * */2", "2026-03-20 12:00", "2025-12-09 00:00"),
+        ("0 0 30 2 *", "2026-03-10 12:00", None),
+    ],
+)
+def test_when_a_cron_fired_last(text: str, now: str, due: str | None) -> None:
+    found = last_due(text, datetime.fromisoformat(now))
+    assert found == (datetime.fromisoformat(due) if due else None)
+
+
+@given(
+    st.datetimes(datetime(2026, 1, 1), datetime(2026, 12, 31)), st.integers(0, 23), st.sampled_from(["*", "1-5", "0"])
+)
+def test_a_cron_fires_at_the_latest_minute_that_fits(now: datetime, hour: int, weekdays: str) -> None:
+    """Against looking at every minute before."""
+    fits = {"*": range(7), "1-5": range(1, 6), "0": range(1)}[weekdays]
+    moment = now.replace(second=0, microsecond=0, minute=now.minute - now.minute % 15)
+    while not (moment.hour == hour and moment.isoweekday() % 7 in fits):
+        moment -= timedelta(minutes=15)
+    assert last_due(f"*/15 {hour} * * {weekdays}", now) == moment
+
+
+def checked(api: PipelinesApi, wanted: Schedules, now: str) -> list[tuple[str, bool]]:
+    found = check(api, wanted, timedelta(hours=1), datetime.fromisoformat(now).replace(tzinfo=UTC))
+    return [(each.why, each.late) for each in found]
+
+
+def test_a_missed_run_is_found(api: PipelinesApi, kubeflow: fake.Kubeflow, store: Store, gpu: Deployment) -> None:
+    wanted = schedules()
+    absent = ("has no recurring run that is enabled; `k2 schedule apply` makes it", True)
+    assert checked(api, wanted, "2026-01-02 05:00") == [absent]
+    applied(api, store, wanted, gpu)
+    (recurring,) = kubeflow.rows("recurringruns")
+    assert checked(api, wanted, "2026-01-01 01:00") == [("was not due since it was made", False)]
+    assert checked(api, wanted, "2026-01-02 03:59") == [("was due at 2026-01-01 03:00 UTC and did not begin", True)]
+    identity = recurring["recurring_run_id"]
+    run = {"display_name": "x", "recurring_run_id": identity, "state": "RUNNING"}
+    made = kubeflow.insert("runs", "run_id", run)
+    made["created_at"] = "2026-01-01T03:00:07Z"
+    began = "was due at 2026-01-01 03:00 UTC and began at 2026-01-01 03:00 UTC"
+    assert checked(api, wanted, "2026-01-02 03:59") == [(began, False)]
+    going_on = f"was due at 2026-01-02 03:00 UTC and did not begin; run {made['run_id']} is still going on"
+    assert checked(api, wanted, "2026-01-02 04:00") == [(going_on, True)]
+    other = kubeflow.insert("runs", "run_id", {"display_name": "by hand", "state": "RUNNING"})
+    other["created_at"] = "2026-01-02T03:00:00Z"
+    assert checked(api, wanted, "2026-01-02 04:00") == [(going_on, True)]
+    assert checked(api, schedules(enabled=False), "2026-01-02 04:00") == []
+    api.access = api.access.model_copy(update={"time_zone": "Asia/Tokyo"})
+    assert checked(api, wanted, "2026-01-01 19:00")[0][0].startswith("was due at 2026-01-02 03:00 JST and did not")
+    api.access = api.access.model_copy(update={"time_zone": "Moon/Base"})
+    with pytest.raises(UserError, match=r"kubeflow.time_zone: 'Moon/Base' is unknown"):
+        checked(api, wanted, "2026-01-02 04:00")
+
+
+def test_the_check_s_exit_code_is_what_the_cronjob_needs(kubeflow: fake.Kubeflow, store: Store) -> None:
+    late = k2("check", str(SHIPPED))
+    assert late.exit_code == 1
+    assert late.stdout.startswith("late  smoke has no recurring run that is enabled")
+    k2("apply", str(SHIPPED))
+    for row in kubeflow.rows("recurringruns"):
+        row["created_at"] = datetime.now(UTC).isoformat()
+    assert k2("check", str(SHIPPED)).exit_code == 0

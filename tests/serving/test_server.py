@@ -23,6 +23,7 @@ from k2.generation.protocol import GenerationRequest
 from k2.model.generate import Engine
 from k2.model.sampling import SamplingConfig
 from k2.model.transformer import Transformer
+from k2.monitoring.metrics import REGISTRY
 from k2.serving.answer import end_ids
 from k2.serving.chat_template import (
     TOOL_ARGUMENT_BEGIN,
@@ -305,3 +306,26 @@ def test_a_broken_model_is_said_and_shows_in_its_health(
 def test_a_context_longer_than_the_models_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="--context is 500, this model has 256"):
         Service("tiny", Engine(Transformer(CONFIG)), tokenizer, rows=1, context=500, system=None)
+
+
+def test_what_is_asked_and_answered_is_counted(server: Running) -> None:
+    def seen(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(f"k2_serve_{name}", {"model": "tiny"} | labels) or 0.0
+
+    def counts() -> list[float]:
+        statuses = [seen("requests_total", status=status) for status in ("200", "401", "404")]
+        tokens = [seen("tokens_total", kind=kind) for kind in ("read", "written")]
+        return [*statuses, *tokens, seen("first_token_seconds_count"), seen("answer_seconds_count")]
+
+    before = counts()
+    usage = server.chat(max_tokens=5, temperature=0).json()["usage"]
+    asked = {"model": "tiny", "messages": HELLO, "max_tokens": 3, "stream": True}
+    assert "message_stop" in server.client.post("/v1/messages", json=asked).text
+    server.client.get("/v1/models", headers={"Authorization": "Bearer another"})
+    server.chat(model="other")
+    changes = [after - earlier for after, earlier in zip(counts(), before, strict=True)]
+    assert changes[:3] == [2, 1, 1]
+    assert changes[3] == 2 * usage["prompt_tokens"]
+    assert usage["completion_tokens"] < changes[4] <= usage["completion_tokens"] + 3
+    assert changes[5:] == [2, 2]
+    assert seen("open_questions") == seen("waiting_questions") == 0

@@ -22,7 +22,7 @@ from k2.store import sweep
 from k2.store.aliases import move_alias, read_alias
 from k2.store.artifacts import Artifact, ArtifactWriter, Manifest, find, open_uri
 from k2.store.client import ObjectInfo, Store
-from k2.store.gc import HOUR_S, Inventory, Policy, Published, make_plan, reachable, take_inventory
+from k2.store.gc import DAY_S, HOUR_S, Inventory, Policy, Published, make_plan, reachable, take_inventory
 from k2.store.lease import Holder, Lease, reading
 from k2.store.work import WorkArea
 
@@ -70,6 +70,34 @@ def test_the_champion_stays_with_all_it_was_made_from(store: Store) -> None:
     assert all(open_uri(store, node["uri"]).intact() for node in walk(lineage(store, champion.uri)))
     left = {info.name.split("/")[1] for info in store.list("pretrain/")}
     assert left == {champion.key}
+
+
+def test_leases_of_done_work_and_old_plans_do_not_pile_up(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    champion = publish(store)
+    move_alias(store, read_alias(store, "champion"), champion)
+    with Lease(store, f"work/{'a' * 32}/lease.json") as unfinished:
+        WorkArea(store, "a" * 32, unfinished).save({"step": b"1"})
+    first = sweep.plan(store, KINDS, NOTHING_IS_NEW)
+    assert first.items == ()
+    now, zombie = time.time(), Lease(store, f"work/{champion.key}/lease.json")
+    with zombie:
+        zombie_etag = zombie._etag
+    monkeypatch.setattr("k2.store.gc.time.time", lambda: now + 29 * DAY_S)
+    assert sweep.plan(store, KINDS, NOTHING_IS_NEW).items == ()
+    monkeypatch.setattr("k2.store.gc.time.time", lambda: now + 30 * DAY_S + 60)
+    made = sweep.plan(store, KINDS, NOTHING_IS_NEW)
+    done = [item.name for item in made.items if item.what == "lease"]
+    assert done == [f"work/{champion.key}/lease.json"]
+    assert [info.name for info in store.list(sweep.PLANS)] == [f"{sweep.PLANS}{made.digest}.json"]
+    swept = sweep.apply(store, KINDS, made.digest, settle_s=0)
+    assert done[0] in [item.name for item in swept.removed]
+    assert store.get(done[0]) is None
+    # Who held it long ago and wakes up does not get it back.
+    zombie._etag = zombie_etag
+    with pytest.raises(StageError):
+        zombie.assert_held()
+    with Lease(store, done[0]) as again:
+        assert (again.held, again.token) == (True, 1)
 
 
 def test_doing_it_again_changes_nothing(store: Store) -> None:

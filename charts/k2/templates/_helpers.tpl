@@ -61,8 +61,8 @@ spec:
         - {name: KF_PIPELINES_SA_TOKEN_PATH, value: /var/run/secrets/kubeflow/pipelines/token}
         - {name: HOME, value: /tmp}
         - {name: K2_HOME, value: /tmp/k2}
-      {{- if eq (index . 1) "schedule" }}
-      # One apply at a time, by a lease in the object store.
+      {{- if has (index . 1) (list "schedule" "submit") }}
+      # One apply at a time, by a lease in the object store; and what runs have cost is there.
       envFrom:
         - secretRef: {name: {{ $.Values.store.secret }}}
       {{- end }}

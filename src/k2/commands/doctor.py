@@ -28,6 +28,17 @@ OPERATORS = {
 }
 """API group and version -> what serves it. Every one may be absent; what needs it is then left out."""
 
+TRAINER, KUEUE = "trainer.kubeflow.org/v1alpha1", "kueue.x-k8s.io/v1beta2"
+
+FIXES = {
+    "Secret": "`kubectl create secret` makes it, or name another",
+    "ConfigMap": "`kubectl create configmap` makes it, or name another",
+    "RuntimeClass": "the nodes' administrator makes it, or name another",
+    "LocalQueue": "manifests/components/kueue has queues, or name another",
+    "ClusterTrainingRuntime": "manifests/admin/components/trainer has it, or name another",
+    "TrainingRuntime": "manifests/components/trainer has it, or name another",
+}
+
 NATIVE = "pipelines.kubeflow.org/v2beta1"
 """Served only where Kubeflow Pipelines keeps pipelines as Kubernetes resources."""
 
@@ -124,6 +135,7 @@ def inspect_cluster(namespace: str, account: str | None, deployment: "Deployment
         if deployment is not None and deployment.sandbox:
             yield from _rights(api, namespace, groups, "k2-sandbox", SANDBOX)
         if deployment is not None:
+            yield from _operators(served, deployment)
             yield from _names(api, namespace, deployment)
     except (client.ApiException, HTTPError) as error:
         raise UserError(f"{api.configuration.host}: {_one_line(error)}; check the credentials and --account") from None
@@ -163,23 +175,41 @@ def _allowed(api: Any, namespace: str, group: str, resource: str, verb: str) -> 
     return bool(answer.status.allowed)
 
 
+def _operators(served: set[str], deployment: "Deployment") -> Iterator[Finding]:
+    """What the pools need somebody to serve."""
+    for name, pool in deployment.pools.items():
+        if pool.launch == "trainjob" and TRAINER not in served:
+            fix = "install Kubeflow Trainer 2, or set launch: job"
+            yield Finding(f"pools.{name}.launch", "failed", f"nothing serves {TRAINER}; {fix}")
+        if pool.queue and KUEUE not in served:
+            yield Finding(
+                f"pools.{name}.queue", "failed", f"nothing serves {KUEUE}; install Kueue, or remove the queue"
+            )
+
+
 def _names(api: Any, namespace: str, deployment: "Deployment") -> Iterator[Finding]:
-    """Secrets, ConfigMaps and queues that the file names."""
-    secrets = {deployment.store.secret, *deployment.pull_secrets, *(key.secret for key in deployment.secrets.values())}
-    paths = {f"Secret {name}": f"/api/v1/namespaces/{namespace}/secrets/{name}" for name in sorted(secrets)}
+    """Secrets, ConfigMaps, queues and runtimes that the file names, each once, with the field that names it."""
+    core, queues = f"/api/v1/namespaces/{namespace}", f"/apis/{KUEUE}/namespaces/{namespace}"
+    named = [("Secret", deployment.store.secret, "store.secret", f"{core}/secrets")]
+    named += [("Secret", name, "pull_secrets", f"{core}/secrets") for name in deployment.pull_secrets]
+    named += [("Secret", key.secret, f"secrets.{each}", f"{core}/secrets") for each, key in deployment.secrets.items()]
     bundle = deployment.network.ca_config_map
-    if bundle:
-        paths[f"ConfigMap {bundle}"] = f"/api/v1/namespaces/{namespace}/configmaps/{bundle}"
+    named += [("ConfigMap", bundle, "network.ca_config_map", f"{core}/configmaps")] if bundle else []
     if deployment.sandbox and deployment.sandbox.runtime_class:
-        runtime = deployment.sandbox.runtime_class
-        paths[f"RuntimeClass {runtime}"] = f"/apis/node.k8s.io/v1/runtimeclasses/{runtime}"
-    for queue in sorted(deployment.queues):
-        paths[f"LocalQueue {queue}"] = f"/apis/kueue.x-k8s.io/v1beta2/namespaces/{namespace}/localqueues/{queue}"
-    for name, path in paths.items():
-        yield _exists(api, name, path, namespace)
+        classes = "/apis/node.k8s.io/v1/runtimeclasses"
+        named.append(("RuntimeClass", deployment.sandbox.runtime_class, "sandbox.runtime_class", classes))
+    named += [("LocalQueue", name, "queues", f"{queues}/localqueues") for name in deployment.queues]
+    for name, pool in deployment.pools.items():
+        if pool.launch == "trainjob":
+            kind, field = pool.runtime.kind, f"pools.{name}.runtime"
+            place = f"/namespaces/{namespace}" if kind == "TrainingRuntime" else ""
+            named.append((kind, pool.runtime.name, field, f"/apis/{TRAINER}{place}/{kind.lower()}s"))
+    for kind, name, field, folder in sorted({each[:2]: each for each in reversed(named)}.values()):
+        problem = f"{field}: there is none in {namespace}; {FIXES[kind]}"
+        yield _exists(api, f"{kind} {name}", f"{folder}/{name}", namespace, problem)
 
 
-def _exists(api: Any, name: str, path: str, namespace: str) -> Finding:
+def _exists(api: Any, name: str, path: str, namespace: str, problem: str) -> Finding:
     from kubernetes import client
 
     try:
@@ -188,7 +218,7 @@ def _exists(api: Any, name: str, path: str, namespace: str) -> Finding:
         if error.status == 403:
             return Finding(name, "absent", "these credentials may not look; ask with others")
         if error.status == 404:
-            return Finding(name, "failed", f"is not in {namespace}; the deployment file names it")
+            return Finding(name, "failed", problem)
         raise
     return Finding(name, "ok", f"is in {namespace}")
 

@@ -37,7 +37,7 @@ def gc() -> None:
 )
 @json_output
 def plan(days: float, grace_hours: float, as_json: bool) -> None:
-    """Show what would go and what stays, and why; removes nothing."""
+    """Show what would go and what stays, and why; removes nothing but plans of over a week ago."""
     from k2.execution.local import object_store
     from k2.monitoring.events import progress_for
     from k2.store.gc import Policy

@@ -96,9 +96,11 @@ def upload(deployment_file: Path, names: tuple[str, ...], revision: str, as_json
     help="What to do while a run of the series is going on.",
 )
 @click.option(
-    "--budget", type=click.FloatRange(0, min_open=True), help="Refuse when the last days and one more run cost more."
+    "--budget",
+    type=click.FloatRange(0, min_open=True),
+    help="Refuse when the last days and one more run cost more; the deployment file's by default.",
 )
-@click.option("--budget-days", type=click.IntRange(1, 366), default=30, show_default=True, help="Days of the budget.")
+@click.option("--budget-days", type=click.IntRange(1, 366), help="Days of the budget; the deployment file's, or 30.")
 @click.option("--watch", "follow", is_flag=True, help="Follow the run to its end, and exit as it does.")
 @json_output
 def submit(
@@ -110,7 +112,7 @@ def submit(
     series: str | None,
     when_running: "WhenRunning",
     budget: float | None,
-    budget_days: int,
+    budget_days: int | None,
     follow: bool,
     as_json: bool,
 ) -> None:
@@ -122,8 +124,7 @@ def submit(
     if series and run_name:
         raise UserError("--name and --series: a run of a series gets its own name; give one of the two")
     values, deployment = pairs(parameters, "--param"), _deployment(deployment_file)
-    if budget is not None:
-        _require_budget(deployment, budget, budget_days)
+    _require_budget(deployment, budget, budget_days)
     api = connect(deployment)
     found = find_version(api, name, version)
     run = submit_next(api, found, values, series, when_running) if series else start(api, found, values, run_name)
@@ -189,15 +190,25 @@ def connect(deployment: "Deployment") -> "PipelinesApi":
     return api
 
 
-def _require_budget(deployment: "Deployment", budget: float, days: int) -> None:
+def _require_budget(deployment: "Deployment", limit: float | None, days: int | None) -> None:
+    """Of the options and the deployment file's `budget`, the first; a launcher asks again before each job.
+
+    Raises:
+        UserError: one more run does not fit, or what was spent cannot be read.
+    """
     from k2.platform.guard import within_budget
     from k2.store.client import Store
 
+    said = deployment.budget
+    most = limit or (said.limit if said else None)
+    if most is None:
+        return
     store = Store.from_environment()
     store.check()
-    fits, sums = within_budget(store, deployment.costs(), budget, days)
+    fits, sums = within_budget(store, deployment.costs(), most, days or (said.days if said else 30))
     if not fits:
-        raise UserError(f"--budget: over budget: {sums}; wait, raise it, or make the run smaller")
+        where = "--budget" if limit else "budget in the deployment file"
+        raise UserError(f"{where}: over budget: {sums}; wait, raise it, or make the run smaller")
 
 
 def _follow(api: "PipelinesApi", run_id: str, as_json: bool) -> None:

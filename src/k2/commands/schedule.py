@@ -1,6 +1,8 @@
 """`k2 schedule`: recurring runs from a file."""
 
+import sys
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -51,6 +53,27 @@ def apply(file: Path, deployment_file: Path, as_json: bool) -> None:
     store = Store.from_environment()
     store.check()
     _show(change(connect(deployment), store, schedules, deployment), as_json)
+
+
+@schedule.command()
+@schedule_file
+@deployment_option
+@click.option(
+    "--late-minutes", type=click.IntRange(1), default=60, show_default=True, help="Later than this, a run is missing."
+)
+@json_output
+def check(file: Path, deployment_file: Path, late_minutes: int, as_json: bool) -> None:
+    """Exit with 1 when the last run of a schedule did not begin; for the CronJob behind the alert."""
+    from datetime import timedelta
+
+    from k2.platform.schedule_check import check as look
+
+    schedules, deployment = _read(file, deployment_file)
+    found = look(connect(deployment), schedules, timedelta(minutes=late_minutes))
+    lines = [f"{'late' if each.late else 'ok':<6}{each.name} {each.why}" for each in found]
+    echo([asdict(each) for each in found], as_json, "\n".join(lines))
+    if any(each.late for each in found):
+        sys.exit(1)
 
 
 def _read(file: Path, deployment_file: Path) -> "tuple[Schedules, Deployment]":

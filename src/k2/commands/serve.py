@@ -62,16 +62,19 @@ def serve(
     """Serve MODEL over HTTP, as OpenAI's /v1/chat/completions and Anthropic's /v1/messages.
 
     MODEL is an alias, the s3:// URI of an export, or a folder. With K2_SERVE_KEY set, every request must send that key.
+    K2_METRICS_PORT serves Prometheus metrics.
 
     \b
     curl http://127.0.0.1:8000/v1/chat/completions -d \\
       '{"model": "champion", "messages": [{"role": "user", "content": "12+34="}]}'
     """
     from k2.model.generate import Engine
+    from k2.monitoring.metrics import serve_from_environment
     from k2.serving.chat import load_export, load_tokenizer
     from k2.serving.server import key_for, serve
     from k2.serving.service import Service
 
+    serve_from_environment()
     key, folder = key_for(host), model_folder(model, form)
     engine, tokenizer = Engine(load_export(folder)), load_tokenizer(folder)
     service = Service(name or model, engine, tokenizer, rows=rows, context=context, system=system)

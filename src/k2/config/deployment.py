@@ -108,7 +108,7 @@ class Pool(Section):
     cpu: Quantity = setting("2", "CPU of one pod, request and limit, such as 500m or 16", pattern=r"^\d+(\.\d+)?m?$")
     memory: Quantity = setting("4Gi", "memory of one pod's processes, request and limit; shm is added to it")
     nodes: int = setting(1, "pods of one job", ge=1, le=4096)
-    accelerator: Accelerator | None = setting(None, "accelerator of one pod")
+    accelerator: Accelerator | None = setting(None, "accelerator of one pod of a job")
     rdma: dict[Resource, int] = setting({}, "further device resources of one pod, such as rdma/hca: 1")
     nccl: dict[NetworkVariable, str] = setting({}, "environment for NCCL, Gloo, UCX and libfabric")
     node_labels: dict[Resource, LabelValue] = setting({}, "labels of the pool's nodes")
@@ -125,8 +125,10 @@ class Pool(Section):
     cost_per_hour: float = setting(0.0, "what one pod costs in an hour, in the currency that budgets are in", ge=0)
 
     def job_only(self) -> list[str]:
-        """Fields in use that a Kubeflow pod cannot have."""
+        """Fields in use that a Kubeflow pod cannot, or must not, have."""
         used = {
+            # A step asks for it before it can see that the result is there already.
+            "accelerator": self.accelerator,
             "nodes": self.nodes > 1,
             "rdma": self.rdma,
             "spot": self.spot,
@@ -183,6 +185,7 @@ class Kubeflow(Section):
     service_account: Name | None = setting(None, "service account of runs; null: the install's")
     experiment: str = setting("k2", "experiment that runs are grouped under", min_length=1)
     timeout_s: float = setting(30.0, "seconds that one request may take", gt=0)
+    time_zone: str = setting("UTC", "the install's CRON_SCHEDULE_TIMEZONE: what crons of recurring runs mean")
 
 
 class Network(Section):

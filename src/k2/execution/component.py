@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,10 +15,11 @@ from k2.config.base import Section
 from k2.config.load import load_config, parse_document, validate
 from k2.config.report import ReportConfig
 from k2.errors import StageError, UserError
+from k2.execution.registry import stage_spec
 from k2.execution.runner import Outcome, execute
 from k2.masking import install, masked
 from k2.monitoring.events import progress_for
-from k2.monitoring.run_record import write_stage_record
+from k2.monitoring.run_record import read_run, write_stage_record
 from k2.platform.pods import JOBS_VARIABLE, PRESET_VARIABLE
 from k2.processes import end_with_run
 from k2.store.artifacts import Artifact, Manifest
@@ -124,6 +126,7 @@ def recorded(
         write_stage_record(store, run, {"stage": name, "status": "failed", "error": describe(error)})
         progress.event("stage_finished", status="failed", error=describe(error)["message"])
         leave(error)
+    outcome = replace(outcome, cached=outcome.cached and not _judged_new(stage, store, run))
     record = {
         "stage": name,
         "status": "done",
@@ -135,6 +138,13 @@ def recorded(
     write_stage_record(store, run, record)
     progress.event("stage_finished", status="done", cached=outcome.cached, metrics=outcome.metrics)
     return outcome
+
+
+def _judged_new(stage: str, store: Store, run: str) -> bool:
+    """Whether a stage that always runs had something new before it; then it did its work, also when nothing moves."""
+    spec = stage_spec(stage)
+    before = {each["stage"] for each in read_run(store, run) if not each["cached"]} if spec.always else set()
+    return bool(before & set(spec.inputs.values()))
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -34,6 +34,9 @@ FLUSH_S = 30.0
 ADMISSION_S = 60.0
 """Seconds in which Kueue makes a Workload for a suspended job, if it manages the job at all."""
 
+NEVER_STARTS = ("CreateContainerConfigError", "InvalidImageName")
+"""What a pod waits for that only people can mend, such as a Secret that is not there."""
+
 DELETION_S = 600.0
 CREATIONS = 3
 """Times that a job is looked for and created before its name is given up."""
@@ -121,7 +124,7 @@ class Launcher:
         """A live or complete job that is as ours would be, or a new one."""
         attempt = 1
         for _ in range(CREATIONS):
-            for job in self.cluster.list(self.backend.kind, {KEY: work.key[:63]}):
+            for job in self._jobs(work):
                 name, number = str(job["metadata"]["name"]), int(job["metadata"]["labels"][ATTEMPT])
                 if self._usable(job, work, self._job(work, number, workflow), workflow):
                     backend.complete(self.cluster, self.backend, job)
@@ -141,6 +144,18 @@ class Launcher:
             self.progress.event("job_created", job=job["metadata"]["name"], nodes=self.here.pool.nodes)
             return job
         raise StageError(f"{body['metadata']['name']}: something that is no job of K2 has this name; delete it")
+
+    def _jobs(self, work: Work) -> list[Object]:
+        """The jobs there are for some work."""
+        try:
+            return self.cluster.list(self.backend.kind, {KEY: work.key[:63]})
+        except ClusterError as error:
+            if error.status != 404:
+                raise
+            raise UserError(
+                f"pools.{self.here.pool_name}.launch: nothing serves {self.backend.kind.api} in this cluster; install"
+                " Kubeflow Trainer 2, or set launch: job"
+            ) from None
 
     def _usable(self, job: Object, work: Work, wanted: Object, workflow: Object | None) -> bool:
         """Whether a job does what ours would.
@@ -192,7 +207,8 @@ class _Watch:
         self.cluster, self.here, self.times = launcher.cluster, launcher.here, launcher.times
         self.reader: LogReader | None = None
         self.status = Status(State.PENDING, "not seen yet")
-        self.waiting_since, self.ran_s = time.monotonic(), 0.0
+        self.waiting_since = self.changed = time.monotonic()
+        self.ran_s = 0.0
 
     def until_complete(self) -> None:
         """Follow the job's state and log.
@@ -227,6 +243,7 @@ class _Watch:
         before, self.status = self.status, status
         if status == before:
             return
+        self.changed = now
         preempted = before.state is State.RUNNING and status.state is State.SUSPENDED
         if before.state is State.RUNNING and not status.state.ended:
             self.waiting_since = now
@@ -259,6 +276,8 @@ class _Watch:
                 f"Kueue made no Workload for it in {self.times.admission_s:g} s, so it would stay suspended for ever:"
                 " is Kueue running, and does it manage this kind of job in this namespace?"
             )
+        elif self.status.reason.startswith(NEVER_STARTS) and now - self.changed > self.times.admission_s:
+            self._give_up(f"cannot start ({self.status.reason}); create it, or correct the deployment file")
         elif waited > self.here.queue_timeout_s:
             limit, reason = self.here.queue_timeout_s, _why(self._workload(job)) or self.status.reason
             self._give_up(f"was {self.status.state} for {limit} s ({reason}); raise timeouts.queue_hours")

@@ -1,6 +1,7 @@
 """Every Prometheus metric of K2, in one registry of its own.
 
 Names start with `k2_` and end in a base unit; labels are `stage`, `run`, and `layer` where there is one value a layer.
+Those of `k2 serve` start with `k2_serve_` and have the label `model`.
 """
 
 import hmac
@@ -9,13 +10,15 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
 from k2.errors import UserError
 
@@ -25,14 +28,20 @@ REGISTRY = CollectorRegistry()
 
 _LABELS = ("stage", "run")
 _LAYER = (*_LABELS, "layer")
+_MODEL = ("model",)
+_BUCKETS_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 300.0)
 
 
 def _gauge(name: str, help_: str, labels: tuple[str, ...] = _LABELS) -> Gauge:
     return Gauge(f"k2_{name}", help_, labels, registry=REGISTRY)
 
 
-def _counter(name: str, help_: str) -> Counter:
-    return Counter(f"k2_{name}", help_, _LABELS, registry=REGISTRY)
+def _counter(name: str, help_: str, labels: tuple[str, ...] = _LABELS) -> Counter:
+    return Counter(f"k2_{name}", help_, labels, registry=REGISTRY)
+
+
+def _seconds(name: str, help_: str) -> Histogram:
+    return Histogram(f"k2_{name}_seconds", help_, _MODEL, buckets=_BUCKETS_S, registry=REGISTRY)
 
 
 STAGE_DURATION = _gauge("stage_duration_seconds", "Wall time the stage has taken so far, or took.")
@@ -65,6 +74,13 @@ REPHRASE_REJECTED = _counter("rephrase_rejected", "Rewritten chunks that failed 
 TRAJECTORIES_ACCEPTED = _counter("trajectories_accepted", "Trajectories the judge accepted.")
 TRAJECTORIES_REJECTED = _counter("trajectories_rejected", "Trajectories the judge rejected.")
 CACHE_HITS = _counter("cache_hits", "Stages whose artifact existed already.")
+
+SERVE_REQUESTS = _counter("serve_requests", "HTTP requests answered, by status.", (*_MODEL, "status"))
+SERVE_TOKENS = _counter("serve_tokens", "Tokens read from prompts, and written in answers.", (*_MODEL, "kind"))
+SERVE_OPEN = _gauge("serve_open_questions", "Questions asked whose answers are not complete.", _MODEL)
+SERVE_WAITING = _gauge("serve_waiting_questions", "Of those, questions that no token has come for.", _MODEL)
+SERVE_FIRST_TOKEN = _seconds("serve_first_token", "From the question to the first token of its answers.")
+SERVE_ANSWER = _seconds("serve_answer", "From the question to the end of its answers.")
 
 _VALUE_GAUGES = {
     "loss": LOSS,
@@ -150,6 +166,41 @@ class StageMetrics:
         rows = enumerate(value) if isinstance(value, (list, tuple)) else (("all", value),)
         for layer, number in rows:
             gauge.labels(self._stage, self._run, str(layer)).set(number)
+
+
+class ServeMetrics:
+    """What one served model does."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+
+    def request(self, status: int) -> None:
+        """An HTTP request was answered."""
+        SERVE_REQUESTS.labels(self._model, str(status)).inc()
+
+    @contextmanager
+    def question(self, prompt_tokens: int) -> Iterator[Callable[[], None]]:
+        """From a question to the end of its answers, or to when nobody listens; yields what each token calls."""
+        started, made = time.monotonic(), 0
+        written = SERVE_TOKENS.labels(self._model, "written")
+        SERVE_TOKENS.labels(self._model, "read").inc(prompt_tokens)
+        SERVE_OPEN.labels(self._model).inc()
+        SERVE_WAITING.labels(self._model).inc()
+
+        def token() -> None:
+            nonlocal made
+            made += 1
+            written.inc()
+            if made == 1:
+                SERVE_WAITING.labels(self._model).dec()
+                SERVE_FIRST_TOKEN.labels(self._model).observe(time.monotonic() - started)
+
+        try:
+            yield token
+        finally:
+            SERVE_OPEN.labels(self._model).dec()
+            SERVE_WAITING.labels(self._model).dec(made == 0)
+            SERVE_ANSWER.labels(self._model).observe(time.monotonic() - started)
 
 
 Token = Callable[[], str]

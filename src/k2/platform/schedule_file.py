@@ -1,49 +1,15 @@
 """`schedules.yaml`: when which pipeline runs, and what has to hold for it."""
 
 import json
-import re
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, model_validator
 
 from k2.config.base import Section, setting
 from k2.config.deployment import Name
-
-_FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day", 1, 31), ("month", 1, 12), ("weekday", 0, 6))
-_NAMES = {
-    "month": ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"),
-    "weekday": ("sun", "mon", "tue", "wed", "thu", "fri", "sat"),
-}
-_PART = re.compile(r"(?:\*|(?P<first>\w+)(?:-(?P<last>\w+))?)(?:/(?P<step>[1-9]\d*))?")
+from k2.platform.cron import valid_cron
 
 CRONJOB_FORM = "a recurring run of Kubeflow Pipelines cannot; use the CronJob form (docs/pipelines.md)"
-
-
-def _cron(text: str) -> str:
-    """Five fields as in crontab(5). Raises ValueError naming the field."""
-    fields = text.split()
-    if len(fields) != len(_FIELDS):
-        raise ValueError(f"{text!r} has {len(fields)} fields; write minute hour day month weekday, as in '0 3 * * 0'")
-    for field, (name, low, high) in zip(fields, _FIELDS, strict=True):
-        for part in field.split(","):
-            if not _fits(part, name, low, high):
-                raise ValueError(f"{part!r} is no {name}; allowed are *, {low}-{high}, ranges, lists and /steps")
-    return " ".join(fields)
-
-
-def _fits(part: str, name: str, low: int, high: int) -> bool:
-    match = _PART.fullmatch(part.lower())
-    if match is None:
-        return False
-    ends = [_number(end, name, low) for end in (match["first"], match["last"]) if end is not None]
-    return all(low <= end <= high for end in ends) and ends == sorted(ends)
-
-
-def _number(text: str, name: str, low: int) -> int:
-    names = _NAMES.get(name, ())
-    if text in names:
-        return names.index(text) + low
-    return int(text) if text.isascii() and text.isdigit() else -1
 
 
 class Guards(Section):
@@ -59,7 +25,7 @@ class Guards(Section):
 class Schedule(Section):
     """One recurring run."""
 
-    cron: Annotated[str, AfterValidator(_cron)] = setting(
+    cron: Annotated[str, AfterValidator(valid_cron)] = setting(
         ..., "minute hour day month weekday, in the server's time zone"
     )
     pipeline: str = setting("k2-retrain", "which pipeline; guards need k2-retrain")

@@ -61,15 +61,21 @@ def plan(api: PipelinesApi, schedules: Schedules, deployment: Deployment) -> lis
     """
     wanted = [_wanted(api, name, schedule, deployment) for name, schedule in sorted(schedules.schedules.items())]
     there: dict[str, list[tuple[str, Any]]] = {}
-    for run in api.recurring_runs():
-        mark = _MARK.search(run.description or "")
-        if mark:
-            there.setdefault(mark["name"], []).append((mark["digest"], run))
+    for name, digest, run in marked(api):
+        there.setdefault(name, []).append((digest, run))
     changes = [_change(each, there.pop(each.name, [])) for each in wanted]
     return changes + [
         Change("delete", name, "not in the file", stale=tuple(run.recurring_run_id for _, run in runs))
         for name, runs in sorted(there.items())
     ]
+
+
+def marked(api: PipelinesApi) -> Iterator[tuple[str, str, Any]]:
+    """The recurring runs that K2 made: the schedule's name, the digest of its specification, and the run."""
+    for run in api.recurring_runs():
+        mark = _MARK.search(run.description or "")
+        if mark:
+            yield mark["name"], mark["digest"], run
 
 
 def apply(api: PipelinesApi, store: Store, schedules: Schedules, deployment: Deployment) -> Iterator[Change]:

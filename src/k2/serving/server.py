@@ -82,7 +82,10 @@ def application(service: Service, key: str | None) -> Starlette:
     return Starlette(
         routes=[
             Route("/health", api.health),
-            *(Route(path, _guarded(endpoint, key), methods=[verb]) for path, (endpoint, verb) in routes.items()),
+            *(
+                Route(path, _counted(_guarded(endpoint, key), service.metrics.request), methods=[verb])
+                for path, (endpoint, verb) in routes.items()
+            ),
         ],
         exception_handlers={HTTPException: _refused, Exception: _failed},
         lifespan=lifespan,
@@ -137,6 +140,24 @@ class _Api:
         if name != self._service.name:
             raise HTTPException(404, f"model: {name!r} is not served here; {self._service.name!r} is")
         return wanted
+
+
+def _counted(endpoint: Endpoint, count: Callable[[int], None]) -> Endpoint:
+    """The endpoint, each answer's status told to `count`; of a stream it is the one that it began with."""
+
+    async def counted(request: Request) -> Response:
+        status = 503
+        try:
+            response = await endpoint(request)
+            status = response.status_code
+            return response
+        except HTTPException as error:
+            status = error.status_code
+            raise
+        finally:
+            count(status)
+
+    return counted
 
 
 def _guarded(endpoint: Endpoint, key: str | None) -> Endpoint:

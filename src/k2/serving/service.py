@@ -9,6 +9,7 @@ from k2.data.tokenizer import Tokenizer
 from k2.errors import UserError
 from k2.model.generate import Engine
 from k2.model.sampling import SamplingConfig
+from k2.monitoring.metrics import ServeMetrics
 from k2.serving.answer import AnswerText, end_ids
 from k2.serving.batching import Batcher, Token
 from k2.serving.chat_template import Message, Tool, encode_chat
@@ -83,6 +84,7 @@ class Service:
         if self.context > longest:
             raise UserError(f"--context is {context}, this model has {longest}")
         self.batcher = Batcher(engine, rows, self.context, most_open=8 * rows)
+        self.metrics = ServeMetrics(name)
 
     def encode(self, question: Question) -> list[int]:
         """Tokens of the dialog up to where the assistant begins."""
@@ -108,6 +110,13 @@ class Service:
 
     async def answer(self, question: Question, prompt: Sequence[int], config: SamplingConfig) -> AsyncGenerator[Piece]:
         """Pieces of all samples as they come, until each has its ending."""
+        with self.metrics.question(len(prompt)) as count:
+            async with aclosing(self._pieces(question, prompt, config)) as pieces:
+                async for piece in pieces:
+                    count()
+                    yield piece
+
+    async def _pieces(self, question: Question, prompt: Sequence[int], config: SamplingConfig) -> AsyncGenerator[Piece]:
         texts = [AnswerText(self.tokenizer, question.stop, hide_calls=bool(question.tools)) for _ in range(question.n)]
         open_samples = set(range(question.n))
         async with aclosing(self.batcher.generate(prompt, question.n, config)) as tokens:

@@ -72,6 +72,8 @@ class Inventory:
     runs: dict[str, set[str]] = field(default_factory=dict)
     """Recent run -> URIs."""
     leases: dict[str, Holder] = field(default_factory=dict)
+    touched: dict[str, float] = field(default_factory=dict)
+    """Name of a lease -> when it changed last (Unix seconds)."""
     foreign: list[ObjectInfo] = field(default_factory=list)
 
     def held(self) -> dict[str, Holder]:
@@ -85,7 +87,7 @@ class Inventory:
 class Item:
     """One thing to remove: all objects under `name`, and for an artifact its manifest."""
 
-    what: Literal["artifact", "attempt", "work", "reader"]
+    what: Literal["artifact", "attempt", "work", "reader", "lease"]
     name: str
     objects: int
     bytes: int
@@ -168,7 +170,7 @@ def _add_root(store: Store, found: Inventory, info: ObjectInfo) -> None:
     if body is None:
         return
     if lease:
-        found.leases[info.name] = parse_holder(body)
+        found.leases[info.name], found.touched[info.name] = parse_holder(body), info.modified
     elif folder == "aliases":
         found.aliases[rest.removesuffix(".json")] = json.loads(body)["uri"]
     else:
@@ -207,6 +209,7 @@ def make_plan(found: Inventory, policy: Policy, url: Callable[[str], str], now: 
     stays = reachable(inputs, {root.name for root in roots})
     kept = tuple(sorted({root for root in roots if root.name in inputs}, key=lambda root: (root.name, root.why)))
     items = [*_artifacts(found, stays, url), *_leftovers(found, policy, now), *_readers(found)]
+    items += _leases(found, policy, now)
     sizes = {each.place: each.manifest.size for each in found.artifacts if url(each.name) in stays}
     foreign = {"foreign_objects": len(found.foreign), "foreign_bytes": sum(each.size for each in found.foreign)}
     totals = {"artifacts": len(sizes), "bytes": sum(sizes.values()), **foreign}
@@ -257,6 +260,16 @@ def _readers(found: Inventory) -> Iterator[Item]:
     for name, holder in found.leases.items():
         if name.startswith("readers/") and not holder.alive():
             yield Item("reader", name, 1, 0, "its reader is gone")
+
+
+def _leases(found: Inventory, policy: Policy, now: float) -> Iterator[Item]:
+    """Of work that left nothing to continue; for a day at least, in which a process that was stopped may come back."""
+    patience = max(policy.days, 1.0) * DAY_S
+    for name, holder in found.leases.items():
+        work = _WORK.fullmatch(name)
+        left = work is not None and f"work/{work['key']}" not in found.folders
+        if left and not holder.alive() and now - found.touched[name] >= patience:
+            yield Item("lease", name, 1, 0, "nothing is left of its work")
 
 
 def read_plan(data: bytes) -> tuple[Policy, frozenset[tuple[str, str]]]:

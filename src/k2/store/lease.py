@@ -89,6 +89,12 @@ class Lease:
         """
         self._renew()
 
+    def remove(self) -> None:
+        """Delete the held lease itself. Whoever wants it next makes it anew; whoever had it long ago finds it lost."""
+        with self._lock:
+            self._store.delete(self._name)
+            self._etag = None
+
     def __enter__(self) -> Self:
         while not self._try_acquire():
             time.sleep(1.0)

@@ -14,11 +14,14 @@ from dataclasses import dataclass
 from k2.errors import UserError
 from k2.store.artifacts import find
 from k2.store.client import ConflictError, Store
-from k2.store.gc import CONDEMNED, Inventory, Item, Plan, Policy, Published, make_plan, read_plan, take_inventory
+from k2.store.gc import CONDEMNED, DAY_S, Inventory, Item, Plan, Policy, Published, make_plan, read_plan, take_inventory
 from k2.store.lease import Lease, exclusive
 
 LEASE = "gc/lease.json"
 PLANS = "gc/plans/"
+
+PLAN_S = 7 * DAY_S
+"""A plan that was not applied within this time is forgotten."""
 
 SETTLE_S = 60.0
 """Longer than a reader takes from finding a manifest to saying in the store that it needs the artifact."""
@@ -44,8 +47,9 @@ class Swept:
 def plan(
     store: Store, kinds: Collection[str], policy: Policy, progress: Callable[[int], None] = lambda _: None
 ) -> Plan:
-    """Decide what would go, and store that under its digest for `apply`."""
+    """Decide what would go, and store that under its digest for `apply`; plans of long ago are forgotten."""
     made = make_plan(take_inventory(store, kinds, policy, progress), policy, store.url)
+    _delete(store, [info.name for info in store.list(PLANS) if time.time() - info.modified > PLAN_S])
     store.put(f"{PLANS}{made.digest}.json", made.body())
     return made
 
@@ -135,6 +139,8 @@ def _remove_one(store: Store, found: Inventory, item: Item) -> bool:
             if not lease.held:
                 return False
             _delete(store, sorted(objects, key=lambda name: not name.endswith("/index.json")))
+            if item.what == "lease":
+                lease.remove()
     return True
 
 
