@@ -300,6 +300,7 @@ def inventories(draw: st.DrawFn) -> tuple[Inventory, dict[str, Any]]:
         expires = draw(st.sampled_from([0.0, 9e9]))
         found.leases[f"readers/{each}.json"] = Holder(1, "o", "elsewhere", 1, expires, [uri(each)])
         found.leases[f"work/{each:032x}/lease.json"] = Holder(1, "o", "elsewhere", 1, expires)
+        found.touched[f"work/{each:032x}/lease.json"] = NOW - draw(st.sampled_from([1.0, 31.0])) * DAY_S
     return found, {uri(number): each for number, each in enumerate(found.artifacts)}
 
 
@@ -331,6 +332,9 @@ def test_no_plan_removes_what_a_root_needs_and_none_keeps_what_no_root_needs(
     assert going == set(by_uri) - needed
     assert {each.name for each in made.kept} <= needed
     assert made.stays["artifacts"] == len(needed)
+    old = {lease for lease, changed in found.touched.items() if changed < NOW - 30 * DAY_S}
+    ended = {lease for lease in old if not found.leases[lease].alive()}
+    assert {item.name for item in made.items if item.what == "lease"} == ended
     assert made == make_plan(found, Policy(grace_hours=24), url, NOW)
 
 
