@@ -26,6 +26,7 @@ COMMANDS = [
 PROOFS = {
     "python images/build.py cpu": "tests/e2e_containers/test_dag.py::test_every_step_is_done",
     "python images/build.py gpu": "tests/images/test_images.py::test_structure",
+    "python images/build.py store": "tests/e2e_k8s/test_platform.py::test_the_store_inside_keeps_objects",
     "k2 images list": "tests/images/test_images_command.py::test_list_prints_every_image_by_digest",
     "k2 images mirror": "tests/images/test_images_command.py::test_mirror_copies_and_prints_what_the_deployment",
     "kubectl apply --server-side -k manifests/admin": "tests/manifests/test_manifests.py::test_every_object_is_valid",
