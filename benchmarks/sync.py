@@ -69,13 +69,13 @@ def processes(config: ModelConfig, rounds: int, form: str) -> Row:
 
 
 def one_of_many(trainers: int) -> None:
-    """What each process does: the first ones have the weights, the last ones want them."""
+    """What each process does: the first ones have some layers' weights, the last ones want them all."""
     dist.init_process_group("gloo")
     config, rounds = ModelConfig.model_validate_json(os.environ["CONFIG"]), int(os.environ["ROUNDS"])
     rank, ranks = dist.get_rank(), dist.get_world_size()
     pieces = weights(Transformer(config).initialize(0))
     sync = WeightSync(
-        pieces[rank::trainers] if rank < trainers else [],
+        pieces[len(pieces) * rank // trainers : len(pieces) * (rank + 1) // trainers] if rank < trainers else [],
         weights(Transformer(config)) if rank >= trainers or trainers == ranks else [],
     )
     flat = torch.ones(sync.bytes, dtype=torch.uint8)
