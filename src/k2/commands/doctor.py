@@ -201,9 +201,9 @@ def _names(api: Any, namespace: str, deployment: "Deployment") -> Iterator[Findi
     named += [("LocalQueue", name, "queues", f"{queues}/localqueues") for name in deployment.queues]
     for name, pool in deployment.pools.items():
         if pool.launch == "trainjob":
-            kind, field = pool.runtime.kind, f"pools.{name}.runtime"
-            place = f"/namespaces/{namespace}" if kind == "TrainingRuntime" else ""
-            named.append((kind, pool.runtime.name, field, f"/apis/{TRAINER}{place}/{kind.lower()}s"))
+            runtime, place = pool.runtime, f"/namespaces/{namespace}" if pool.runtime.kind == "TrainingRuntime" else ""
+            folder = f"/apis/{TRAINER}{place}/{runtime.kind.lower()}s"
+            named.append((runtime.kind, runtime.name, f"pools.{name}.runtime", folder))
     for kind, name, field, folder in sorted({each[:2]: each for each in reversed(named)}.values()):
         problem = f"{field}: there is none in {namespace}; {FIXES[kind]}"
         yield _exists(api, f"{kind} {name}", f"{folder}/{name}", namespace, problem)
