@@ -1,8 +1,9 @@
 """What every rank of the tests runs: `torchrun program.py FOLDER pp.ep.dp ...` trains by each layout and saves the end.
 
-In a layout pp may be AxB for B slices a rank. It may have notes: `recompute`, `buckets` (many small ones), `differs`
-(ranks are configured differently), `float32` (20 steps in float32, compared with the choices in `choices.pt`),
-`replayed` (with those choices).
+In a layout pp may be AxB for B slices a rank. It may have notes: `recompute`, `offload` (what is not computed again
+waits on the host), `fp8` (storage), `narrow` (bfloat16 weights), `buckets` (many small ones), `differs` (ranks are
+configured differently), `float32` (20 steps in float32, compared with the choices in `choices.pt`), `replayed` (with
+those choices).
 
 Rank 0 leaves `<layout>.pt` with the whole model and the reports; every rank leaves `<layout>.<rank>.pt` with digests
 of what it holds. A layout that is refused leaves its message in `<layout>.<rank>.txt`.
@@ -11,6 +12,7 @@ of what it holds. A layout that is refused leaves its message in `<layout>.<rank
 import hashlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from k2.model.layout import logical_tensors
 from k2.model.moe import Router
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
-from k2.planner.layout import Layout
+from k2.planner.layout import PUBLISHED_RECOMPUTE, Layout
 from k2.training.batches import NextTokenLoss, micro_batches
 from k2.training.loop import ParallelPlan, SingleProcess, train_step
 from k2.training.state import TrainState
@@ -39,9 +41,16 @@ CONFIG: ModelConfig = MODEL.model_copy(update={"num_hidden_layers": 4})
 OPTIMIZER = OptimizerConfig(tau=0.5, bias_update_speed=0.01, max_grad_norm=0.05, newton_schulz_bf16=False)
 
 
-def model(dtype: torch.dtype, recompute: bool = False) -> Transformer:
+def model(dtype: torch.dtype, notes: Sequence[str] = ()) -> Transformer:
     """The same everywhere."""
-    return Transformer(CONFIG, compute_dtype=dtype, recompute=("layers",) if recompute else ()).initialize(0).to(dtype)
+    found = Transformer(
+        CONFIG,
+        compute_dtype=dtype,
+        recompute=("layers",) if "recompute" in notes else PUBLISHED_RECOMPUTE if "offload" in notes else (),
+        fp8_storage="fp8" in notes,
+        offload_activations="offload" in notes,
+    ).initialize(0)
+    return found.narrow() if "narrow" in notes else found.to(dtype)
 
 
 class Choices:
@@ -83,9 +92,9 @@ def train(state: TrainState, steps: int, plan: ParallelPlan) -> list[dict[str, A
     return reports
 
 
-def alone(dtype: torch.dtype, steps: int) -> dict[str, Any]:
+def alone(dtype: torch.dtype, steps: int, notes: Sequence[str] = ()) -> dict[str, Any]:
     """The same steps in one process; `choices` of each layer is [steps, micro-batches, tokens, choices]."""
-    whole = model(dtype)
+    whole = model(dtype, notes)
     state = TrainState(whole, MuonClip(whole.named_parameters(), logical_tensors(CONFIG), OPTIMIZER))
     with Choices(whole, None, False) as choices:
         reports = train(state, steps, SingleProcess())
@@ -97,12 +106,12 @@ def alone(dtype: torch.dtype, steps: int) -> dict[str, Any]:
 
 def together(mesh: Mesh, notes: list[str], choices: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the ranks hold in the end, and what this one does."""
-    dtype, steps, expected = torch.float64, 5, None
+    dtype, steps, expected = torch.float32 if "narrow" in notes else torch.float64, 5, None
     if "float32" in notes:
         dtype, steps = torch.float32, 20
         parts = {n: chosen.chunk(mesh.layout.data_parallel, 1) for n, chosen in torch.load(choices).items()}
         expected = {n: list(part[mesh.data_rank].flatten(0, 1)) for n, part in parts.items()}
-    part = model(dtype, "recompute" in notes)
+    part = model(dtype, notes)
     plan = DistributedPlan(mesh, part)
     state = TrainState(part, plan.optimizer(OPTIMIZER))
     with Choices(part, expected, "replayed" in notes) as chosen:
@@ -145,7 +154,7 @@ def main(folder: Path, names: list[str]) -> None:
         except UserError as error:
             (folder / f"{name}.{rank}.txt").write_text(str(error))
             continue
-        zero.BUCKET_VALUES = 999 if "buckets" in notes else 1 << 24
+        zero.BUCKET_VALUES = 1999 if "buckets" in notes else 1 << 26
         whole, own = together(mesh, notes, folder / "choices.pt")
         torch.save(own, folder / f"{name}.{rank}.pt")
         if rank == 0:

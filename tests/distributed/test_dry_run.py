@@ -34,8 +34,12 @@ def test_exchanges_of_a_step_are_counted() -> None:
         assert each.collectives["allreduce"].count == 5
         assert each.collectives["reduce_scatter"].count == each.collectives["allgather"].count == 2
         assert each.collectives["reduce_scatter"].bytes >= 4 * each.parameters
-    layers = sum(dry_run(CONFIG, LAYOUT, rank).collectives["alltoall"].count for rank in (0, 4)) / (7 * count)
-    assert layers == CONFIG.model.mixture_layers
+    exchanges = [dry_run(CONFIG, LAYOUT, rank).collectives["alltoall"] for rank in (0, 4)]
+    times, rows = CONFIG.model.mixture_layers * count, CONFIG.context_length * CONFIG.model.num_experts_per_tok
+    # Counts of rows; tokens and weights there and their gradients back; outputs back and their gradients there.
+    assert sum(each.count for each in exchanges) == 7 * times
+    each_time = 8 * CONFIG.model.n_routed_experts + rows * (4 * 2 * CONFIG.model.hidden_size + 2 * 4)
+    assert sum(each.bytes for each in exchanges) == pytest.approx(each_time * times, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +52,7 @@ def test_what_cannot_be_is_refused(layout: Layout, rank: int, reason: str) -> No
 
 
 def test_the_command_adds_it() -> None:
-    layout = "pp=1,ep=16,dp=16,micro_batch_tokens=8192"
+    layout = "pp=8,ep=16,dp=2,micro_batch_tokens=8192"
     arguments = ["plan", "moonlight-16b", "--cluster", "h800-256", "--layout", layout, "--dry-run", "255", "--json"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--cluster-set", "constants", multiple=True, metavar="PATH=VALUE", help="A constant; repeatable.")
 @click.option("--top", type=click.IntRange(1, 50), default=5, show_default=True, help="How many layouts to list.")
 @click.option("--html", "page", type=click.Path(path_type=Path), help="Write the plan as a page.")
+@click.option("--values", type=click.Path(path_type=Path), help="Write the Helm values of the cluster's node pool.")
 @click.option("--dry-run", "rank", type=click.IntRange(0), help="Also build this rank's part and count its exchanges.")
 @json_output
 def plan(
@@ -32,6 +33,7 @@ def plan(
     constants: tuple[str, ...],
     top: int,
     page: Path | None,
+    values: Path | None,
     rank: int | None,
     as_json: bool,
 ) -> None:
@@ -41,22 +43,23 @@ def plan(
     k2 plan k2-1t --cluster h800-2048
     k2 plan k2-1t --cluster h800-256 --layout pp=16,ep=16,offload_optimizer=true
     k2 plan k2-1t --cluster h800-2048 --dry-run 0
-    k2 plan k2-1t --cluster my.yaml --cluster-set gpu.efficiency=0.4 --html plan.html
+    k2 plan k2-1t --cluster my.yaml --cluster-set gpu.efficiency=0.4 --html plan.html --values pool.yaml
     """
-    from k2.planner.layout import Layout, parse_layout
+    from k2.planner.layout import default_layout, parse_layout
     from k2.planner.plan import make_plan, search, what_if
-    from k2.planner.report import comparison, plan_page, plan_text
+    from k2.planner.report import comparison, helm_values, plan_page, plan_text
 
     config = load(preset, None, overrides)[0].pretrain
     cluster = load_cluster(place, constants)
     if wanted:
-        default = Layout(micro_batch_tokens=config.context_length)
-        plans = [make_plan(config, replace(default, **parse_layout(wanted)), cluster)]
+        plans = [make_plan(config, replace(default_layout(config), **parse_layout(wanted)), cluster)]
     else:
         plans = search(config, cluster, top)
     best = plans[0]
     if page:
         page.write_text(plan_page(best, cluster, what_if(config, best.layout, cluster)), encoding="utf-8")
+    if values:
+        values.write_text(helm_values(cluster), encoding="utf-8")
     listed = ["", "GB, s a step, MFU, days, cost of the fastest layouts"]
     listed += ["  " + " | ".join(row) for row in comparison(plans)]
     text = plan_text(best, cluster) + ("\n".join(["", *listed]) if len(plans) > 1 else "")

@@ -19,6 +19,12 @@ class Accelerator(Section):
     efficiency: float = setting(..., "share of the peak that the model's matrix products reach", gt=0, le=1)
     newton_schulz_efficiency: float = setting(..., "share of the peak that Newton-Schulz reaches", gt=0, le=1)
 
+    @model_validator(mode="after")
+    def _something_left(self) -> Self:
+        if self.reserved_gb >= self.memory_gb:
+            raise ValueError(f"reserved_gb ({self.reserved_gb:g}) must be less than memory_gb ({self.memory_gb:g})")
+        return self
+
 
 class Network(Section):
     """How GPUs talk; bandwidths of one GPU in one direction."""

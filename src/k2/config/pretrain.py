@@ -33,6 +33,9 @@ class PretrainConfig(TrainingSection):
     )
     balance_loss_weight: float = setting(1e-4, "weight of the sequence-wise balance loss (DeepSeek-V3's alpha)", ge=0)
     precision: Literal["bfloat16", "float32"] = setting("bfloat16", "type of activations; masters are float32")
+    param_dtype: Literal["bfloat16", "float32"] = setting(
+        "float32", "type of the weights that are computed with; of bfloat16 ones the optimizer has float32 masters"
+    )
     recompute: tuple[Recompute, ...] = setting(
         (), "what the backward pass computes again instead of keeping it; changes no bit", semantic=False
     )

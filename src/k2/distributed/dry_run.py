@@ -1,8 +1,8 @@
 """A dry run: one rank of thousands builds its part of a model, is sharded, and exchanges a step, without memory.
 
 Tensors are fake and so is the process group; shapes, shards and buckets are those of the real thing, and so is the
-code. What depends on routed tokens is not run: in every layer with experts a micro-batch makes the exchanges of
-`k2.distributed.expert`, which are added for tokens that choose experts evenly.
+code. Tokens travel to their experts once, as real tensors of one micro-batch whose tokens choose experts evenly; each
+layer with experts does the same for every micro-batch. What neighbours in the pipeline send is a formula.
 """
 
 from collections import defaultdict
@@ -21,14 +21,16 @@ from torch.utils._pytree import tree_leaves
 
 from k2.config.model import ModelConfig
 from k2.config.pretrain import PretrainConfig
+from k2.distributed.expert import ExpertParallel
 from k2.distributed.mesh import Mesh, divide
 from k2.distributed.plan import DistributedPlan
 from k2.errors import UserError
+from k2.model.moe import Experts, Routing
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
 from k2.planner.layout import Layout
 
-BF16, INT64, FLOAT32 = 2, 8, 4
+BF16 = 2
 
 
 @dataclass
@@ -77,6 +79,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.namespace == "c10d":
             name = func.overloadpacket.__name__.strip("_").replace("_base", "")
             self.found[name].add(1, max(t.nbytes for t in tree_leaves(args) if isinstance(t, Tensor)))
+            if name == "alltoall":  # the other ranks send what this one does: their tokens choose as evenly
+                args[0].copy_(args[1])
         return func(*args, **(kwargs or {}))
 
 
@@ -89,15 +93,18 @@ def dry_run(config: PretrainConfig, layout: Layout, rank: int) -> DryRun:
     reason = layout.problem(config.model, config.batch_tokens, config.context_length)
     if reason or not 0 <= rank < layout.ranks:
         raise UserError(f"layout: {reason}" if reason else f"rank {rank}: the layout has {layout.ranks}")
-    with _fake_ranks(layout, rank) as mesh, FakeTensorMode(allow_non_fake_inputs=True):
-        model = Transformer(config.model, compute_dtype=torch.bfloat16)
-        plan = DistributedPlan(mesh, model)
-        optimizer = plan.optimizer(config.optimizer)
-        with _Counter() as counter:
-            _exchange(plan, optimizer, config.model)
-        _add_forward_and_backward(counter.found, config, mesh, model)
+    with _fake_ranks(layout, rank) as mesh:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = Transformer(config.model, compute_dtype=torch.bfloat16)
+            if config.param_dtype == "bfloat16":
+                model.narrow()
+            plan = DistributedPlan(mesh, model)
+            optimizer = plan.optimizer(config.optimizer)
+            with _Counter() as counter:
+                _exchange(plan, optimizer, config.model)
         held = sum(parameter.numel() for parameter in model.parameters())
         owned = sum(parameter.numel() for parameter in optimizer.trained())
+        _add_forward_and_backward(counter.found, config, mesh, model)
     return DryRun(layout, rank, held, owned, dict(sorted(counter.found.items())))
 
 
@@ -111,24 +118,48 @@ def _exchange(plan: DistributedPlan, optimizer: MuonClip, model: ModelConfig) ->
     plan.sum_([torch.zeros(2, dtype=torch.float64)])
 
 
+def _dispatched(config: PretrainConfig, mesh: Mesh) -> dict[str, Exchange]:
+    """What one layer's dispatcher exchanges for one micro-batch, forward and backward; its experts do nothing."""
+    model, tokens = config.model, mesh.layout.micro_batch_tokens
+    chosen = model.num_experts_per_tok
+    x_TD = torch.zeros(tokens, model.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    weights_TS = torch.ones(tokens, chosen, requires_grad=True)
+    experts_TS = torch.arange(tokens * chosen).remainder(model.n_routed_experts).view(tokens, chosen)
+    routing = Routing(experts_TS, weights_TS, torch.empty(tokens, model.n_routed_experts, device="meta"))
+    with _Counter() as counter:
+        output_TD = ExpertParallel(mesh.experts)(x_TD, routing, _Idle())()
+        output_TD.backward(torch.zeros_like(output_TD))  # type: ignore[no-untyped-call]
+    found: dict[str, Exchange] = counter.found
+    return found
+
+
+class _Idle(Experts):
+    """Experts that give every row back, so that only its journey is left."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 0, 0)
+
+    def forward(self, x_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor, rows: Any = None) -> Tensor:
+        """Rows as they came, in the gradient's reach of their weights."""
+        return x_TD + weights_TS.to(x_TD.dtype)
+
+
 def _add_forward_and_backward(
     found: dict[str, Exchange], config: PretrainConfig, mesh: Mesh, model: Transformer
 ) -> None:
-    """What micro-batches exchange: counts, tokens and weights to experts, outputs back, and all gradients again."""
-    layout, shape = mesh.layout, config.model
+    """What micro-batches exchange: in every layer with experts, and between neighbours in the pipeline."""
+    layout = mesh.layout
     micro_batches, tokens = layout.micro_batches(config.batch_tokens), layout.micro_batch_tokens
-    layers = sum(int(number) >= shape.first_k_dense_replace for number in model.layers)
-    times, rows = micro_batches * layers, tokens * shape.num_experts_per_tok
-    if layout.ep > 1:
-        found["alltoall"].add(times, INT64 * shape.n_routed_experts)
-        found["alltoall"].add(4 * times, BF16 * rows * shape.hidden_size)
-        found["alltoall"].add(2 * times, FLOAT32 * rows)
+    layers = sum(int(number) >= config.model.first_k_dense_replace for number in model.layers)
+    for name, each in _dispatched(config, mesh).items() if layout.ep > 1 and layers else ():
+        times = micro_batches * layers
+        found[name].add(times * each.count, each.bytes / each.count)
     chunks = layout.pp * layout.virtual_stages
     # A slice gets something from each neighbour in the pipeline for every micro-batch, and gives something back.
     edges = sum((chunk > 0) + (chunk < chunks - 1) for chunk in range(mesh.pipeline.rank(), chunks, layout.pp))
     if edges:
-        found["send"].add(micro_batches * edges, BF16 * tokens * shape.hidden_size)
-        found["recv"].add(micro_batches * edges, BF16 * tokens * shape.hidden_size)
+        found["send"].add(micro_batches * edges, BF16 * tokens * config.model.hidden_size)
+        found["recv"].add(micro_batches * edges, BF16 * tokens * config.model.hidden_size)
 
 
 @contextmanager

@@ -171,4 +171,6 @@ def divide_experts(model: nn.Module, group: dist.ProcessGroup) -> None:
         mixture.dispatch = ExpertParallel(group)
         for name, weight in list(mixture.experts.named_parameters()):
             mine = local_experts(len(weight), group)
-            setattr(mixture.experts, name, nn.Parameter(weight.detach()[mine.start : mine.stop].clone()))
+            part = nn.Parameter(weight.detach()[mine.start : mine.stop].clone())
+            part.grad_dtype = weight.grad_dtype
+            setattr(mixture.experts, name, part)

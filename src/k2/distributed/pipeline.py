@@ -23,8 +23,9 @@ from k2.training.batches import NextTokenLoss, TokenBatch
 from k2.training.loop import Loss
 
 if TYPE_CHECKING:
-    from torch.distributed.pipelining import PipelineStage
     from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+
+    from k2.distributed.stage import Stage
 
     Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 
@@ -109,7 +110,7 @@ class Pipeline:
 
     def __init__(self, mesh: Mesh, model: Transformer, loss_fn: NextTokenLoss, batches: Sequence[TokenBatch]) -> None:
         # Imported where there is a pipeline, for it takes seconds.
-        from torch.distributed.pipelining import PipelineStage
+        from k2.distributed.stage import Stage
 
         self._losses: list[tuple[int, Loss]] = []
         count, chunks = len(batches), mesh.layout.pp * mesh.layout.virtual_stages
@@ -119,7 +120,7 @@ class Pipeline:
         shapes = [_shapes(part, batches[0].tokens_BL) for part in parts]
         device = batches[0].tokens_BL.device
         stages = [
-            PipelineStage(part, chunk, chunks, device, *shape, group=mesh.pipeline)
+            Stage(part, chunk, chunks, device, *shape, group=mesh.pipeline)
             for part, chunk, shape in zip(slices, mine, shapes, strict=True)
         ]
         self._first, self._last = stages[0].is_first, stages[-1].is_last
@@ -138,7 +139,7 @@ class Pipeline:
         return self._losses
 
 
-def _schedule(stages: "list[PipelineStage]", count: int, loss_fn: Any, ranks: int) -> "Schedule":
+def _schedule(stages: "list[Stage]", count: int, loss_fn: Any, ranks: int) -> "Schedule":
     """Sums of losses, not means: gradients must not be divided by the number of micro-batches."""
     from torch.distributed.pipelining import Schedule1F1B, ScheduleInterleaved1F1B
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from k2.distributed.ownership import Shard
 
-BUCKET_VALUES = 1 << 24
-"""Values of one member in a bucket, at most: 64 MiB of float32 keep a link busy, and a few of them fit anywhere."""
+BUCKET_VALUES = 1 << 26
+"""Values of all members in a bucket, at most: 256 MiB of float32 keep every link busy, and fit anywhere."""
 
 
 class Replicas:
@@ -29,7 +29,7 @@ class Replicas:
         self, group: dist.ProcessGroup, parameters: Mapping[str, nn.Parameter], shards: Sequence[Sequence[Shard]]
     ) -> None:
         self._group, self._parameters, self._shards = group, dict(parameters), shards
-        self.own = {shard.name: nn.Parameter(shard.of(parameters[shard.parameter].detach())) for shard in self.mine}
+        self.own = {shard.name: _part(parameters[shard.parameter], shard) for shard in self.mine}
         values = [sum(part.numel() for part in parts) for parts in self._flat(self._parameters)]
         self._longest = max(values)
 
@@ -42,10 +42,10 @@ class Replicas:
         """Sum the gradients over the group; each member's shards get theirs, and the parameters give theirs up."""
         gradients = {name: _gradient(parameter) for name, parameter in self._parameters.items()}
         for shard in self.mine:
-            self.own[shard.name].grad = torch.empty_like(self.own[shard.name])
+            self.own[shard.name].grad = torch.empty_like(shard.of(gradients[shard.parameter]))
         sums = [_flat(parameter.grad) for parameter in self.own.values() if parameter.grad is not None]
         parts = self._flat(gradients)
-        for start, bucket_RW in self._buckets():
+        for start, bucket_RW in self._buckets(gradients):
             for row_W, flat in zip(bucket_RW, parts, strict=True):
                 for place, part in _overlap(flat, start, len(row_W)):
                     row_W[place] = part
@@ -60,7 +60,7 @@ class Replicas:
     def gather(self) -> None:
         """Take over every owner's weights."""
         parts, me = self._flat(self._parameters), self._group.rank()
-        for start, bucket_RW in self._buckets():
+        for start, bucket_RW in self._buckets(self._parameters):
             for place, part in _overlap(parts[me], start, bucket_RW.shape[1]):
                 bucket_RW[me, place] = part
             dist.all_gather_single(bucket_RW.view(-1), bucket_RW[me].clone(), group=self._group)
@@ -72,20 +72,28 @@ class Replicas:
         """Every member's shards of the tensors, as flat views."""
         return [[_flat(shard.of(tensors[shard.parameter])) for shard in shards] for shards in self._shards]
 
-    def _buckets(self) -> Iterator[tuple[int, Tensor]]:
-        """Where each bucket starts in every member's values, and zeros for it, [R, W]."""
-        for start in range(0, self._longest, BUCKET_VALUES):
-            width = min(BUCKET_VALUES, self._longest - start)
-            like = next(iter(self._parameters.values())).detach()
-            yield start, like.new_zeros(self._group.size(), width)
+    def _buckets(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Where each bucket starts in every member's values, and zeros for it, [R, W], of the type of the tensors."""
+        widest = max(1, BUCKET_VALUES // self._group.size())
+        for start in range(0, self._longest, widest):
+            like = next(iter(tensors.values())).detach()
+            yield start, like.new_zeros(self._group.size(), min(widest, self._longest - start))
 
 
 def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().view(-1)
 
 
+def _part(parameter: nn.Parameter, shard: Shard) -> nn.Parameter:
+    part = nn.Parameter(shard.of(parameter.detach()))
+    part.grad_dtype = parameter.grad_dtype
+    return part
+
+
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.contiguous()
+    if parameter.grad is None:
+        return torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+    return parameter.grad.contiguous()
 
 
 def _overlap(parts: Sequence[Tensor], start: int, width: int) -> Iterator[tuple[slice, Tensor]]:

@@ -4,7 +4,6 @@ Letters in shapes: T tokens, D hidden, V vocabulary.
 """
 
 from collections.abc import Iterator
-from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -60,18 +59,15 @@ class _TokenLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden_TD, weight_VD, targets_T, *kept = ctx.saved_tensors
-        grad_hidden, grad_weights = torch.empty_like(hidden_TD), []
+        grad_hidden, grad_weight = torch.empty_like(hidden_TD), None
         for hidden, targets, scale, out in _split(ctx.rows, hidden_TD, targets_T, -grad_T[:, None], grad_hidden):
             surplus = kept[0] if kept else _surplus(hidden, weight_VD, targets)[1]
             # The upstream gradient scales whole rows, so it is multiplied to the narrow side of both products.
             out.copy_((surplus @ weight_VD) * scale)
-            grad_weights.append(surplus.T @ (hidden * scale).to(hidden.dtype))
-        return grad_hidden, _sum(grad_weights).to(weight_VD.dtype), None
-
-
-def _sum(terms: list[Tensor]) -> Tensor:
-    """In at least float32 when there is more than one."""
-    return terms[0] if len(terms) == 1 else reduce(torch.add, terms[1:], upcast(terms[0]))
+            term = surplus.T @ (hidden * scale).to(hidden.dtype)
+            grad_weight = term if grad_weight is None else upcast(grad_weight).add_(term)
+        assert grad_weight is not None  # for the type: there is at least one token
+        return grad_hidden, grad_weight.to(weight_VD.dtype), None
 
 
 def token_log_probs(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:

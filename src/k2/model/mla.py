@@ -131,18 +131,23 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BLHV: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         q_BHLX, k_BHLX, v_BHLV, *kept = ctx.saved_tensors
-        grad_q, grads_k, grads_v = torch.empty_like(q_BHLX), [], []
-        for (start, stop), probabilities in zip(_blocks(q_BHLX.shape[2]), kept, strict=True):
+        grad_q = torch.empty_like(q_BHLX)
+        grad_k: Tensor | None = None
+        grad_v: Tensor | None = None
+        *blocks, longest = zip(_blocks(q_BHLX.shape[2]), kept, strict=True)
+        for (start, stop), probabilities in (longest, *blocks):
             if probabilities is None:
                 probabilities = _probabilities(q_BHLX, k_BHLX, ctx.bias_BLL, ctx.scale, start, stop)
             grad_NQV = grad_BLHV[:, start:stop].transpose(1, 2).flatten(0, 1)
             grad_p = torch.bmm(grad_NQV, v_BHLV[:, :, :stop].flatten(0, 1).mT)
             grad_logits = _softmax_backward(grad_p, probabilities, start)
             grad_q.flatten(0, 1)[:, start:stop] = _product(grad_logits, k_BHLX[:, :, :stop], ctx.scale)
-            grads_v.append(torch.bmm(probabilities.mT, grad_NQV))
-            grads_k.append(_product(grad_logits.mT, q_BHLX[:, :, start:stop], ctx.scale))
-        grad_k, grad_v = _overlapping_sum(grads_k).view_as(k_BHLX), _overlapping_sum(grads_v).view_as(v_BHLV)
-        return grad_q, grad_k, grad_v, None, None, None
+            grad_v = _added(grad_v, torch.bmm(probabilities.mT, grad_NQV))
+            grad_k = _added(grad_k, _product(grad_logits.mT, q_BHLX[:, :, start:stop], ctx.scale))
+        assert grad_k is not None  # for the types, as below: there is at least one block
+        assert grad_v is not None
+        found = grad_q, grad_k.view_as(k_BHLX).to(grad_q.dtype), grad_v.view_as(v_BHLV).to(grad_q.dtype)
+        return *found, None, None, None
 
 
 def _probabilities(
@@ -191,15 +196,13 @@ def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(a.new_empty(1, 1, 1), a, b, beta=0, alpha=scale)
 
 
-def _overlapping_sum(parts: list[Tensor]) -> Tensor:
-    """Sum of tensors [N, I, J] that begin at the same row, the last being the longest, in at least float32."""
-    *shorter, longest = parts
-    if not shorter:
-        return longest
-    total = upcast(longest)
-    for part in shorter:
-        total[:, : part.shape[1]].add_(upcast(part))
-    return total.to(longest.dtype)
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    """Sum of tensors [N, I, J] that begin at the same row, the longest first; of several in at least float32."""
+    if total is None:
+        return part
+    total = upcast(total)
+    total[:, : part.shape[1]].add_(upcast(part))
+    return total
 
 
 def attend(

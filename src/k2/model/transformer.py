@@ -135,6 +135,13 @@ class Transformer(nn.Module):
                 nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
         return self
 
+    def narrow(self) -> "Transformer":
+        """Round the weights to bfloat16; their gradients are summed in float32 (Kimi K2 report, section 2.4)."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.bfloat16()
+            parameter.grad_dtype = torch.float32
+        return self
+
     def forward(
         self,
         inputs: Tensor,

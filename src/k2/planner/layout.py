@@ -5,21 +5,27 @@ A rank is (pp, dp, ep). Routed experts are divided by `ep`; everything else of a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, product
-from typing import Any
+from typing import Any, get_args
 
-from k2.config.model import ModelConfig
+from k2.config.model import ModelConfig, Recompute
+from k2.config.pretrain import PretrainConfig
 from k2.errors import UserError
 
-ACTIVATION_SWITCHES: tuple[dict[str, bool], ...] = (
-    {"recompute": False, "fp8_storage": False},
-    {"recompute": True, "fp8_storage": False},
-    {"recompute": True, "fp8_storage": True},
-    {"recompute": True, "fp8_storage": True, "offload_activations": True},
+PUBLISHED_RECOMPUTE: tuple[Recompute, ...] = ("norms", "mla_up_projections", "attention_probabilities")
+"""Kimi K2's list (report, section 2.4) less what the engine never keeps, and what flash attention never does."""
+_STORED: dict[str, Any] = {"recompute": PUBLISHED_RECOMPUTE, "fp8_storage": True}
+ACTIVATION_SWITCHES: tuple[dict[str, Any], ...] = (
+    {},
+    {"recompute": PUBLISHED_RECOMPUTE},
+    _STORED,
+    _STORED | {"offload_activations": True},
+    _STORED | {"recompute": (*PUBLISHED_RECOMPUTE, "mlp_up_projections"), "offload_activations": True},
+    {"recompute": ("layers",), "fp8_storage": False, "offload_activations": True},
 )
-OPTIMIZER_SWITCHES: tuple[dict[str, bool], ...] = ({"offload_optimizer": False}, {"offload_optimizer": True})
+OPTIMIZER_SWITCHES: tuple[dict[str, Any], ...] = ({"offload_optimizer": False}, {"offload_optimizer": True})
 """What the search tries, cheapest first."""
 
 
@@ -30,7 +36,7 @@ class Layout:
     pp, ep, dp: pipeline stages, expert-parallel ranks, replicas of the experts.
     virtual_stages: pieces of the model on each pipeline rank (interleaved 1F1B).
     micro_batch_tokens: tokens that pass through a stage at once.
-    recompute: norms, SwiGLU, MLA up-projections and MoE down-projections are computed again (section 2.4).
+    recompute: what the backward pass computes again (`pretrain.recompute`).
     fp8_storage: inputs of MoE up-projections and of SwiGLU are kept as FP8 E4M3 with a scale for 128 values.
     offload_activations: what is kept for the backward pass goes to the host and is fetched back.
     offload_optimizer: masters and momentum live on the host.
@@ -41,8 +47,8 @@ class Layout:
     dp: int = 1
     virtual_stages: int = 1
     micro_batch_tokens: int = 4096
-    recompute: bool = True
-    fp8_storage: bool = True
+    recompute: tuple[Recompute, ...] = ()
+    fp8_storage: bool = False
     offload_activations: bool = False
     offload_optimizer: bool = False
 
@@ -81,6 +87,16 @@ class Layout:
         return None
 
 
+def default_layout(config: PretrainConfig) -> Layout:
+    """One rank, one row a micro-batch, and the configuration's switches."""
+    return Layout(
+        micro_batch_tokens=config.context_length,
+        recompute=config.recompute,
+        fp8_storage=config.fp8_storage,
+        offload_activations=config.offload_activations,
+    )
+
+
 @lru_cache
 def layers_of_chunks(layers: int, chunks: int) -> tuple[range, ...]:
     """Consecutive layers of every chunk; chunks at the ends, which have embedding and head, get fewer."""
@@ -113,18 +129,18 @@ def candidates(model: ModelConfig, ranks: int, context: int) -> Iterator[Layout]
 
 
 def parse_layout(text: str) -> dict[str, Any]:
-    """`pp=16,ep=16,fp8_storage=true` as fields of a layout.
+    """`pp=16,ep=16,recompute=norms+mla_up_projections,fp8_storage=true` as fields of a layout.
 
     Raises:
         UserError: not of that form, or no such field.
     """
-    kinds = {field.name: field.type for field in fields(Layout)}
+    defaults = asdict(Layout())
     values: dict[str, Any] = {}
     for part in text.split(","):
         name, _, value = part.partition("=")
-        if name not in kinds:
-            raise UserError(f"--layout {part!r}: write name=value; the names are {', '.join(kinds)}")
-        values[name] = _field(name, value, isinstance(getattr(Layout(), name), bool))
+        if name not in defaults:
+            raise UserError(f"--layout {part!r}: write name=value; the names are {', '.join(defaults)}")
+        values[name] = _switches(value) if name == "recompute" else _field(name, value, defaults[name] is False)
     return values
 
 
@@ -134,3 +150,25 @@ def _field(name: str, text: str, switch: bool) -> int | bool:
     if not switch and text.isdecimal() and int(text) > 0:
         return int(text)
     raise UserError(f"--layout {name}={text}: must be {'true or false' if switch else 'a whole number of at least 1'}")
+
+
+def _switches(text: str) -> tuple[str, ...]:
+    names = () if text == "none" else tuple(text.split("+"))
+    if unknown := sorted({*names} - {*get_args(Recompute)}):
+        raise UserError(f"--layout recompute={text}: {unknown[0]!r} is none of none, {', '.join(get_args(Recompute))}")
+    return names
+
+
+def describe(layout: Layout) -> str:
+    """A layout as `--layout` takes it."""
+    return ",".join(f"{name}={_shown(value)}" for name, value in asdict(layout).items())
+
+
+def activation_switches(layout: Layout) -> str:
+    """What is done about activations, in words."""
+    names = list(layout.recompute) + [name for name in ("fp8_storage", "offload_activations") if getattr(layout, name)]
+    return " + ".join(names) or "all kept"
+
+
+def _shown(value: bool | int | tuple[str, ...]) -> str:
+    return ("+".join(value) or "none") if isinstance(value, tuple) else str(value).lower()

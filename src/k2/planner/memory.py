@@ -1,23 +1,38 @@
-"""Bytes on the fullest rank, by component.
+"""Bytes on a rank, by component.
 
-States follow ZeRO-1: bfloat16 parameters and float32 gradients on every rank that computes with them, float32 masters
-and optimizer states divided over the ranks that hold the same parameters (Moonlight, arXiv 2502.16982, section 2.3).
+States follow ZeRO-1: weights and float32 gradients on every rank that computes with them; float32 masters, where the
+weights are bfloat16, and optimizer states divided over the ranks that hold the same weights (Moonlight, section 2.3).
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
-from k2.config.model import ModelConfig
+from k2.config.model import ModelConfig, Recompute
+from k2.config.pretrain import PretrainConfig
 from k2.model.layout import logical_tensors
+from k2.planner.activations import (
+    ITEM,
+    KEPT_LOGITS,
+    QUERY_BLOCK,
+    Kept,
+    attention_kept,
+    head_kept,
+    keeps_logits,
+    layer_kept,
+    mixture_kept,
+)
 from k2.planner.layout import Layout, layers_of_chunks, layers_of_rank
 
-PARAMETER, GRADIENT, MASTER, MOMENT = 2, 4, 4, 4
-BF16, FP32, FP8 = 2, 4, 1 + 4 / 128
-"""Bytes of a value; FP8 with its share of a float32 scale for 128 values."""
-LOSS_CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at once; the loss is computed in chunks."""
+GRADIENT, MASTER, MOMENT = 4, 4, 4
+FP32 = 4
+"""Bytes of a value."""
+BUCKET_VALUES = 1 << 26
+"""Values of all members in a bucket of ZeRO's exchanges (`k2.distributed.zero`)."""
+PROBABILITIES: Recompute = "attention_probabilities"
+NEWTON_SCHULZ_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
+"""Matrices that Newton-Schulz works on at once (`k2.optim.newton_schulz`)."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +49,29 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. `host`: what was offloaded, on the rank's share of its node."""
+    """Bytes on one rank.
+
+    parameters, gradients: of what it computes with. optimizer: masters and moments of what it updates.
+    activations: what micro-batches in flight leave for their backward passes; logits: of these the last stage's.
+    working: the most that a layer or the loss needs besides, for a while.
+    communication: what exchanges send from and receive into.
+    host: what was offloaded, on the rank's share of its node.
+    """
 
     parameters: float
     gradients: float
     optimizer: float
     activations: float
     logits: float
-    buffers: float
+    working: float
+    communication: float
     host: float
 
     @property
     def gpu(self) -> float:
         """Bytes on the GPU, the reserve left out."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits + self.buffers
+        states = self.parameters + self.gradients + self.optimizer
+        return states + self.activations + self.logits + self.working + self.communication
 
     def as_dict(self) -> dict[str, float]:
         """Components and their sum."""
@@ -78,30 +102,6 @@ def stage_sizes(model: ModelConfig, layout: Layout, stage: int) -> Sizes:
     return total + sizes["head"] if stage == layout.pp - 1 else total
 
 
-def activation_bytes(model: ModelConfig, layer: int, layout: Layout) -> float:
-    """Bytes that one token leaves behind in one layer for its backward pass."""
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    latent = (model.q_lora_rank or 0) + model.kv_lora_rank + model.qk_rope_head_dim
-    projected = heads * (model.qk_head_dim + model.qk_nope_head_dim + model.v_head_dim)
-    attention = BF16 * (hidden + latent + heads * model.v_head_dim) + FP32 * heads
-    if not layout.recompute:
-        attention += BF16 * (hidden + latent + projected)
-    if layer < model.first_k_dense_replace:
-        return attention + _mlp(model.hidden_size, model.intermediate_size, 1, layout)
-    router = FP32 * model.n_routed_experts
-    shared = _mlp(hidden, model.moe_intermediate_size * model.n_shared_experts, 1, layout)
-    routed = _mlp(hidden, model.moe_intermediate_size, model.num_experts_per_tok, layout)
-    combined = 0 if layout.recompute else BF16 * model.num_experts_per_tok * hidden
-    return attention + router + shared + routed + combined
-
-
-def _mlp(hidden: int, width: int, copies: int, layout: Layout) -> float:
-    """Input of the up-projections, input of SwiGLU and, unless computed again, its output."""
-    stored = FP8 if layout.fp8_storage else BF16
-    kept = stored * (hidden + 2 * width) * copies
-    return kept if layout.recompute else kept + BF16 * width * copies
-
-
 def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
     """Chunks whose activations a pipeline rank holds at most (interleaved 1F1B; Megatron-LM, arXiv 2104.04473)."""
     if layout.virtual_stages == 1:
@@ -110,33 +110,38 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
     return min(warmup, micro_batches * layout.virtual_stages)
 
 
-def stage_memory(model: ModelConfig, layout: Layout, stage: int, batch_tokens: int) -> Memory:
-    """Bytes on a rank of one pipeline stage."""
-    sizes = stage_sizes(model, layout, stage)
+def stage_memory(config: PretrainConfig, layout: Layout, stage: int, device: str = "cuda") -> Memory:
+    """Bytes on a rank of one pipeline stage; attention on a GPU never keeps its probabilities."""
+    if device == "cuda":
+        layout = replace(layout, recompute=tuple(dict.fromkeys((*layout.recompute, PROBABILITIES))))
+    sizes = stage_sizes(config.model, layout, stage)
     routed, rest = sizes.routed / layout.ep, sizes.shared + sizes.adamw
-    held = routed + rest
-    muon = (MASTER + MOMENT) * (routed / layout.dp + sizes.shared / layout.data_parallel)
-    states = muon + (MASTER + 2 * MOMENT) * sizes.adamw / layout.data_parallel
-    kept = chunk_bytes(model, layout, stage)
-    count = in_flight(layout, stage, layout.micro_batches(batch_tokens))
-    activations = max(kept) * min(count, 2) if layout.offload_activations else _held(kept, count)
+    parameter = ITEM[config.param_dtype]
+    master = MASTER if parameter < MASTER else 0
+    muon = (master + MOMENT) * (routed / layout.dp + sizes.shared / layout.data_parallel)
+    states = muon + (master + 2 * MOMENT) * sizes.adamw / layout.data_parallel
+    kept = chunk_bytes(config, layout, stage)
+    count = in_flight(layout, stage, layout.micro_batches(config.batch_tokens))
+    last = stage == layout.pp - 1
     return Memory(
-        parameters=PARAMETER * held,
-        gradients=GRADIENT * held,
-        optimizer=0.0 if layout.offload_optimizer else states,
-        activations=activations,
-        logits=FP32 * 2 * LOSS_CHUNK_TOKENS * model.vocab_size if stage == layout.pp - 1 else 0.0,
-        buffers=_buffers(model, layout),
-        host=(states if layout.offload_optimizer else 0.0)
-        + (_held(kept, count) if layout.offload_activations else 0.0),
+        parameters=parameter * (routed + rest),
+        gradients=GRADIENT * (routed + rest),
+        optimizer=states * (not layout.offload_optimizer) + _workspace(config, layout, stage, device),
+        activations=_held([chunk.device for chunk in kept], count),
+        logits=head_kept(config, layout) if last else 0.0,
+        working=_working(config, layout, last, device),
+        communication=_communication(config, layout, routed, rest),
+        host=states * layout.offload_optimizer + _held([chunk.host for chunk in kept], count),
     )
 
 
-def chunk_bytes(model: ModelConfig, layout: Layout, stage: int) -> list[float]:
+def chunk_bytes(config: PretrainConfig, layout: Layout, stage: int) -> list[Kept]:
     """Activations that one micro-batch leaves in each virtual stage of a pipeline rank."""
+    model = config.model
     chunks = layers_of_chunks(model.num_hidden_layers, layout.pp * layout.virtual_stages)[stage :: layout.pp]
-    tokens = layout.micro_batch_tokens
-    return [sum(activation_bytes(model, layer, layout) for layer in chunk) * tokens for chunk in chunks]
+    dense, mixture = layer_kept(config, layout, True), layer_kept(config, layout, False)
+    first = [min(max(model.first_k_dense_replace - chunk.start, 0), len(chunk)) for chunk in chunks]
+    return [count * dense + (len(chunk) - count) * mixture for chunk, count in zip(chunks, first, strict=True)]
 
 
 def _held(kept: Sequence[float], count: int) -> float:
@@ -144,15 +149,95 @@ def _held(kept: Sequence[float], count: int) -> float:
     return sum(kept) / len(kept) * count
 
 
-def _buffers(model: ModelConfig, layout: Layout) -> float:
-    """Working memory of a layer (its widest intermediate, twice) and what communication sends and receives."""
-    tokens, hidden = layout.micro_batch_tokens, model.hidden_size
-    wide = max(model.num_experts_per_tok * 2 * model.moe_intermediate_size, 2 * model.intermediate_size)
-    dispatch = 2 * model.num_experts_per_tok * hidden if layout.ep > 1 else 0
-    pipeline = 2 * hidden if layout.pp > 1 else 0
-    return float(BF16 * tokens * (2 * wide + dispatch + pipeline))
+def _working(config: PretrainConfig, layout: Layout, last: bool, device: str) -> float:
+    """The most that a layer's backward pass needs, or the loss's, which is over before the first layer's begins."""
+    layer = _layer_working(config, layout, device)
+    return max(_loss_working(config, layout), layer - head_kept(config, layout)) if last else layer
 
 
-def memory(model: ModelConfig, layout: Layout, batch_tokens: int) -> list[Memory]:
+def _layer_working(config: PretrainConfig, layout: Layout, device: str) -> float:
+    """Experts first, then attention, when what the experts had is free; what is computed again or widened is there.
+
+    Probabilities alone are computed again block by block; of what is offloaded the layer before is on its way as well.
+    """
+    whole = "layers" in layout.recompute
+    blocks: tuple[Recompute, ...] = (PROBABILITIES,) if PROBABILITIES in layout.recompute else ()
+    kept = replace(layout, recompute=blocks) if whole else layout
+    wide = replace(kept, recompute=blocks, fp8_storage=False)
+    attention, mixture = attention_kept(config, kept), mixture_kept(config, kept)
+    arrived = 2 * layer_kept(config, layout, False).host + (attention + mixture if whole else 0.0)
+    first = _mixture_working(config, layout, device) + mixture_kept(config, wide) - mixture
+    second = _attention_working(config, layout, device) + attention_kept(config, wide) - attention - mixture
+    return arrived + max(first, second)
+
+
+def _attention_working(config: PretrainConfig, layout: Layout, device: str) -> float:
+    """A block of logits for the last queries, or another one and the gradients of queries, keys and values so far.
+
+    The kernels of a GPU have no logits.
+    """
+    model, item = config.model, ITEM[config.precision]
+    width, value = model.qk_head_dim, model.v_head_dim
+    block = item * QUERY_BLOCK * (1 + (PROBABILITIES in layout.recompute)) if device == "cpu" else 0
+    gradients = item * (2 * width + value) + FP32 * (width + value)
+    later = gradients + block * max(0, config.context_length - QUERY_BLOCK) / config.context_length
+    return layout.micro_batch_tokens * model.num_attention_heads * max(item * width + block, later)
+
+
+def _mixture_working(config: PretrainConfig, layout: Layout, device: str) -> float:
+    """Gradients of all experts before they are added to those of other micro-batches, and those of rows.
+
+    A CPU takes a few experts at a time; the kernels of a GPU have inputs, gradients and gate and up of all rows.
+    """
+    model, hidden, width = config.model, config.model.hidden_size, config.model.moe_intermediate_size
+    experts = 3 * hidden * width * model.n_routed_experts / layout.ep
+    rows = model.num_experts_per_tok * (hidden if device == "cpu" else 3 * hidden + 4 * width) + 3 * hidden
+    return ITEM[config.param_dtype] * experts + ITEM[config.precision] * layout.micro_batch_tokens * rows
+
+
+def _loss_working(config: PretrainConfig, layout: Layout) -> float:
+    """Gradients of the hidden states in float32, or of the head's weight and logits that were not kept."""
+    model, item, hidden = config.model, ITEM[config.precision], layout.micro_batch_tokens * config.model.hidden_size
+    weight, logits = model.vocab_size * model.hidden_size, layout.micro_batch_tokens * model.vocab_size
+    if not keeps_logits(config, layout):
+        return (item + FP32) * weight + 2 * item * hidden + item * KEPT_LOGITS
+    after = (item + ITEM[config.param_dtype]) * weight + item * hidden - item * logits
+    return max(3 * FP32 * hidden, item * weight + (item + 2 * FP32) * hidden, after)
+
+
+@lru_cache(maxsize=8)
+def _matrices(model: ModelConfig, dense: bool) -> Counter[tuple[int, int]]:
+    """Shapes of Muon's matrices in one layer."""
+    layer = 0 if dense else model.num_hidden_layers - 1
+    shapes = [tensor.shape for tensor in logical_tensors(model) if tensor.group == "muon" and tensor.layer == layer]
+    return Counter((rows, columns) for rows, columns in shapes)
+
+
+def _workspace(config: PretrainConfig, layout: Layout, stage: int, device: str) -> float:
+    """What Newton-Schulz works in (`k2.optim.newton_schulz`): as many matrices of a shape as it takes at once."""
+    layers = layers_of_rank(config.model.num_hidden_layers, layout, stage)
+    dense = sum(layer < config.model.first_k_dense_replace for layer in layers)
+    shapes: Counter[tuple[int, int]] = Counter()
+    for copies, kind in ((dense, True), (len(layers) - dense, False)):
+        shapes.update({shape: copies * number for shape, number in _matrices(config.model, kind).items() if copies})
+    item, values, squares = 2 if config.optimizer.newton_schulz_bf16 else FP32, 0, 0
+    for (rows, columns), number in shapes.items():
+        room = NEWTON_SCHULZ_BYTES[device] // (rows * columns * item)
+        count = max(1, min(room, number // layout.data_parallel))
+        values, squares = max(values, count * rows * columns), max(squares, count * min(rows, columns) ** 2)
+    return float(2 * item * values + 4 * item * squares)
+
+
+def _communication(config: PretrainConfig, layout: Layout, routed: float, rest: float) -> float:
+    """Rows to and from other ranks' experts, hidden states of the pipeline, and ZeRO's largest bucket."""
+    rows = ITEM[config.precision] * layout.micro_batch_tokens * config.model.hidden_size
+    dispatch = 2 * config.model.num_experts_per_tok * rows if layout.ep > 1 else 0
+    neighbours = 3 * rows if layout.pp > 1 else 0
+    groups = ((rest, layout.data_parallel), (routed, layout.dp))
+    bucket = max((members + 1) * min(BUCKET_VALUES, values) / members for values, members in groups)
+    return float(dispatch + neighbours + (GRADIENT * bucket if layout.ranks > 1 else 0))
+
+
+def memory(config: PretrainConfig, layout: Layout) -> list[Memory]:
     """Bytes on a rank of every pipeline stage."""
-    return [stage_memory(model, layout, stage, batch_tokens) for stage in range(layout.pp)]
+    return [stage_memory(config, layout, stage) for stage in range(layout.pp)]

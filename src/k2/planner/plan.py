@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from math import sqrt
 from typing import Any
 
@@ -10,7 +11,7 @@ from k2.config.model import ModelConfig
 from k2.config.pretrain import PretrainConfig
 from k2.errors import UserError
 from k2.model.layout import parameter_counts
-from k2.planner.layout import ACTIVATION_SWITCHES, Layout, candidates
+from k2.planner.layout import ACTIVATION_SWITCHES, Layout, activation_switches, candidates, describe
 from k2.planner.memory import MASTER, MOMENT, Memory, memory, stage_memory
 from k2.planner.time import GIGA, StepTime, step_time, utilisation
 
@@ -40,6 +41,7 @@ class Plan:
     """One layout of one preset on one cluster.
 
     stages: memory of a rank of every pipeline stage.
+    options: memory of the fullest stage under each choice of what becomes of activations, and no other change.
     long_layout, long_stages: the same at the long context, which may need more switches or another division; a
         checkpoint is read by any.
     sync_s: seconds in which reinforcement learning brings the weights to all ranks.
@@ -47,6 +49,7 @@ class Plan:
 
     layout: Layout
     stages: list[Memory]
+    options: dict[str, Memory]
     long_layout: Layout
     long_stages: list[Memory]
     step: StepTime
@@ -73,6 +76,7 @@ class Plan:
         """JSON-ready."""
         plain = asdict(self)
         plain |= {"step": self.step.as_dict(), "long_step": self.long_step.as_dict()}
+        plain |= {"options": {name: each.as_dict() for name, each in self.options.items()}}
         plain |= {"long_stages": [stage.as_dict() for stage in self.long_stages]}
         return plain | {"stages": [stage.as_dict() for stage in self.stages]}
 
@@ -86,8 +90,8 @@ def problem(config: PretrainConfig, layout: Layout, cluster: Cluster) -> str | N
     if found:
         return found
     room = cluster.gpu.memory_gb - cluster.gpu.reserved_gb
-    for stage in {0, layout.pp // 2, layout.pp - 1}:
-        need = stage_memory(config.model, layout, stage, config.batch_tokens)
+    for stage in sorted({0, min(1, layout.pp - 1), layout.pp // 2, layout.pp - 1}):
+        need = stage_memory(config, layout, stage)
         if need.gpu > room * GIGA:
             return f"a rank of pipeline stage {stage} needs {need.gpu / GIGA:.1f} GB, a GPU has {room:.1f} to give"
         if need.host * cluster.gpus_per_node > 0.8 * cluster.host_memory_gb * GIGA:
@@ -116,7 +120,7 @@ def long_layout(config: PretrainConfig, layout: Layout, cluster: Cluster) -> Lay
     Raises:
         UserError: none fits.
     """
-    longer = config.model_copy(update={"context_length": config.long_context_length})
+    longer = long_context(config)
     same = replace(layout, micro_batch_tokens=max(layout.micro_batch_tokens, config.long_context_length))
     tried = (same, *(replace(same, **switches) for switches in ACTIVATION_SWITCHES))
     fitting = (candidate for candidate in tried if problem(longer, candidate, cluster) is None)
@@ -127,20 +131,26 @@ def long_layout(config: PretrainConfig, layout: Layout, cluster: Cluster) -> Lay
     return found
 
 
+def long_context(config: PretrainConfig) -> PretrainConfig:
+    """The configuration in the long-context phase."""
+    return config.model_copy(update={"context_length": config.long_context_length})
+
+
 def _worked_out(config: PretrainConfig, layout: Layout, cluster: Cluster) -> Plan:
-    model, batch = config.model, config.batch_tokens
-    short = step_time(model, layout, cluster, batch, config.context_length)
+    model, batch, long_config = config.model, config.batch_tokens, long_context(config)
+    short = step_time(config, layout, cluster)
     longer = long_layout(config, layout, cluster)
-    long = step_time(model, longer, cluster, batch, config.long_context_length)
+    long = step_time(long_config, longer, cluster)
     long_steps = config.long_context_tokens / batch
     seconds = short.total * (config.steps - long_steps) + long.total * long_steps
     saving = checkpointing(config, layout, cluster, short.total)
     hours = seconds / (1.0 - saving.lost) / SECONDS_AN_HOUR
     return Plan(
         layout=layout,
-        stages=memory(model, layout, batch),
+        stages=memory(config, layout),
+        options=options(config, layout),
         long_layout=longer,
-        long_stages=memory(model, longer, batch),
+        long_stages=memory(long_config, longer),
         step=short,
         long_step=long,
         utilisation=utilisation(model, cluster, short, batch, config.context_length),
@@ -153,6 +163,20 @@ def _worked_out(config: PretrainConfig, layout: Layout, cluster: Cluster) -> Pla
     )
 
 
+@lru_cache(maxsize=8)
+def _parameters(model: ModelConfig) -> int:
+    return parameter_counts(model).total
+
+
+def options(config: PretrainConfig, layout: Layout) -> dict[str, Memory]:
+    """Memory of the fullest stage by what becomes of activations."""
+    plain = replace(layout, recompute=(), fp8_storage=False, offload_activations=False)
+    return {
+        activation_switches(changed): max(memory(config, changed), key=lambda stage: stage.gpu)
+        for changed in (replace(plain, **switches) for switches in ACTIVATION_SWITCHES)
+    }
+
+
 def sync_seconds(model: ModelConfig, cluster: Cluster) -> float:
     """Time of one weight synchronisation by `k2.distributed.sync`: every bucket passes every rank, in one ring.
 
@@ -160,14 +184,14 @@ def sync_seconds(model: ModelConfig, cluster: Cluster) -> float:
     3.3). The ring is as fast as its links between nodes. Buckets are packed, added up and taken beside it, so that a
     rank's memory reads all twice and writes at most all; filling and emptying the pipeline takes under a millisecond.
     """
-    size = parameter_counts(model).total * (1.0 + 4.0 / 128**2)
+    size = _parameters(model) * (1.0 + 4.0 / 128**2)
     link = cluster.network.remote_gb_s if cluster.nodes > 1 else cluster.network.local_gb_s
     return max(size / (link * cluster.network.efficiency * GIGA), 3.0 * size / (cluster.gpu.memory_gb_s * GIGA))
 
 
 def checkpointing(config: PretrainConfig, layout: Layout, cluster: Cluster, step_s: float) -> Checkpointing:
     """The interval between saves that loses the least; training stalls for the copy to the host only."""
-    size = float(MASTER + MOMENT) * parameter_counts(config.model).total
+    size = float(MASTER + MOMENT) * _parameters(config.model)
     stall = size / cluster.gpus / (cluster.gpu.pcie_gb_s * GIGA)
     write, load = size / (cluster.storage.write_gb_s * GIGA), size / (cluster.storage.read_gb_s * GIGA)
     between = cluster.reliability.gpu_hours_between_failures * SECONDS_AN_HOUR / cluster.gpus
@@ -190,10 +214,7 @@ def search(config: PretrainConfig, cluster: Cluster, count: int = 5) -> list[Pla
             f"cluster {cluster.name}: no layout holds the model on {cluster.gpus} GPUs of {gpu.memory_gb:g} GB;"
             " give it more nodes"
         )
-    timed = [
-        (step_time(config.model, layout, cluster, config.batch_tokens, config.context_length).total, index)
-        for index, layout in enumerate(fitting)
-    ]
+    timed = [(step_time(config, layout, cluster).total, index) for index, layout in enumerate(fitting)]
     return [_worked_out(config, fitting[index], cluster) for _, index in sorted(timed)[:count]]
 
 
@@ -202,9 +223,16 @@ def nearest(config: PretrainConfig, wanted: Layout, cluster: Cluster) -> Layout 
 
     def distance(layout: Layout) -> float:
         pairs = zip(asdict(wanted).values(), asdict(layout).values(), strict=True)
-        return float(sum(abs(a - b) / max(a, b, 1) + (a != b) for a, b in pairs))
+        return float(sum((a != b) + _apart(a, b) for a, b in pairs))
 
     return min(_usable(config, cluster), key=distance, default=None)
+
+
+def _apart(a: Any, b: Any) -> float:
+    """How far two values of a field are from each other, at most 1."""
+    if isinstance(a, tuple):
+        return len({*a} ^ {*b}) / max(1, len({*a} | {*b}))
+    return float(abs(a - b) / max(a, b, 1))
 
 
 def _usable(config: PretrainConfig, cluster: Cluster) -> Iterator[Layout]:
@@ -226,7 +254,8 @@ def what_if(config: PretrainConfig, layout: Layout, cluster: Cluster) -> dict[st
             layout,
             cluster.model_copy(update={"gpu": gpu.model_copy(update={"efficiency": 0.8 * gpu.efficiency})}),
         ),
-        "no recomputation": (replace(layout, recompute=False), cluster),
+        "no recomputation": (replace(layout, recompute=()), cluster),
+        "whole layers computed again": (replace(layout, recompute=("layers",)), cluster),
         "activations in bfloat16": (replace(layout, fp8_storage=False), cluster),
         "activations on the host": (replace(layout, offload_activations=True), cluster),
     }
@@ -235,9 +264,3 @@ def what_if(config: PretrainConfig, layout: Layout, cluster: Cluster) -> dict[st
         for name, (changed, place) in cases.items()
         if (changed, place) != (layout, cluster)
     }
-
-
-def describe(layout: Layout) -> str:
-    """A layout as `--layout` takes it."""
-    values = asdict(layout).items()
-    return ",".join(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values)

@@ -9,11 +9,13 @@ from k2.monitoring.blocks import Block, Facts, Figure, Preformatted, Prose, Sect
 from k2.monitoring.figures import bars, stacked_bars
 from k2.monitoring.format import duration, number
 from k2.monitoring.page import render_page
+from k2.planner.layout import describe
 from k2.planner.memory import Memory
-from k2.planner.plan import Plan, describe
+from k2.planner.plan import Plan
 from k2.planner.time import GIGA, StepTime
 
-COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
+COMPONENTS = ("parameters", "gradients", "optimizer", "activations", "logits", "working", "communication")
+TIMELINE = ("waits to begin", "micro-batches", "waits in between", "waits to end", "exchange", "optimizer")
 NOTE = (
     "Counted, not measured: bytes and operations follow from the model's table of tensors, times from the constants of"
     " the cluster file. No GPU has confirmed the times."
@@ -25,6 +27,10 @@ def plan_text(plan: Plan, cluster: Cluster) -> str:
     lines = [f"{name:<28}{value}" for name, value in _facts(plan, cluster)]
     lines += ["", "memory of the fullest rank, GB"]
     lines += [f"  {name:<26}{value:8.1f}" for name, value in _memory_rows(plan.fullest)]
+    lines += ["", "activations and all of the fullest rank, GB, by what becomes of them"]
+    lines += [
+        f"  {name:<100}{each.activations / GIGA:8.1f}{each.gpu / GIGA:8.1f}" for name, each in plan.options.items()
+    ]
     lines += ["", f"one step of {plan.step.total:.2f} s"]
     lines += [f"  {name:<26}{value:8.2f} s {value / plan.step.total:6.1%}" for name, value in _time_rows(plan.step)]
     lines += ["", "communication of a rank in a step"]
@@ -61,8 +67,8 @@ def plan_page(plan: Plan, cluster: Cluster, others: Mapping[str, Plan | None]) -
     ]
     sections = [
         Section("plan", "Plan", [Prose(NOTE), Facts(_facts(plan, cluster), "What comes out.")]),
-        Section("memory", "Memory", [_memory_figure(plan, cluster)]),
-        Section("step", "One step", _step_blocks(plan.step)),
+        Section("memory", "Memory", [_memory_figure(plan, cluster), _options(plan)]),
+        Section("step", "One step", _step_blocks(plan)),
         Section("what-if", "What if", [_what_if(plan, others)]),
         Section("constants", "Constants", [_constants(cluster)]),
         Section(
@@ -123,8 +129,9 @@ def _memory_rows(memory: Memory) -> list[tuple[str, float]]:
 
 
 def _time_rows(step: StepTime) -> list[tuple[str, float]]:
-    plain = {"compute": step.compute, "recompute": step.recompute, "bubble": step.bubble, "optimizer": step.optimizer}
-    return [*plain.items(), ("exposed communication", step.exposed)]
+    names = ("compute", "recompute", "bubble", "newton_schulz", "states")
+    plain = [(name.replace("newton_schulz", "Newton-Schulz"), getattr(step, name)) for name in names]
+    return [*plain, ("exposed communication", step.exposed)]
 
 
 def _memory_figure(plan: Plan, cluster: Cluster) -> Block:
@@ -137,15 +144,41 @@ def _memory_figure(plan: Plan, cluster: Cluster) -> Block:
     return Figure(stacked_bars("Memory by pipeline stage", COMPONENTS, rows), caption)
 
 
-def _step_blocks(step: StepTime) -> list[Block]:
+def _step_blocks(plan: Plan) -> list[Block]:
+    step = plan.step
     traffic = [
         [name, f"{each.bytes / GIGA:.1f}", f"{each.seconds:.2f}", f"{each.exposed:.2f}"]
         for name, each in step.traffic.items()
     ]
     return [
         Figure(bars("One step", _time_rows(step)), "Seconds of one optimizer step by where they go."),
+        Figure(stacked_bars("Timeline", TIMELINE, timeline(plan)), "One step of every pipeline stage, in seconds."),
         Table(["communication", "GB", "s", "s waited for"], traffic, "Of the busiest rank in one step."),
     ]
+
+
+def timeline(plan: Plan) -> list[tuple[str, list[float]]]:
+    """When each pipeline stage waits and works in a step of 1F1B: later stages begin later and end earlier."""
+    step, stages = plan.step, plan.layout.pp
+    hop = step.bubble / max(1, stages - 1)
+    forward = hop * step.compute / 3 / (step.compute + step.recompute)
+    work, update = step.compute + step.recompute, step.newton_schulz + step.states
+    return [
+        (
+            f"stage {index}",
+            [index * forward, work, (stages - 1 - index) * hop, index * (hop - forward), step.exposed, update],
+        )
+        for index in range(stages)
+    ]
+
+
+def _options(plan: Plan) -> Block:
+    rows = [
+        [name, *(f"{value / GIGA:.1f}" for value in (each.activations, each.working, each.gpu, each.host))]
+        for name, each in plan.options.items()
+    ]
+    head = ["activations", "kept", "working", "GPU", "host"]
+    return Table(head, rows, "GB on the fullest rank, by what becomes of activations.", text=True)
 
 
 def _what_if(plan: Plan, others: Mapping[str, Plan | None]) -> Block:

@@ -8,15 +8,17 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 from k2.config.cluster import Cluster
-from k2.config.model import ModelConfig
+from k2.config.model import ModelConfig, Recompute
 from k2.config.optimizer import OptimizerConfig
+from k2.config.pretrain import PretrainConfig
 from k2.model.cost import token_cost
 from k2.model.layout import logical_tensors
 from k2.optim.schemes import SCHEMES
 from k2.planner.layout import Layout, layers_of_rank
-from k2.planner.memory import BF16, FP32, chunk_bytes, layer_sizes, stage_sizes
+from k2.planner.memory import FP32, chunk_bytes, layer_sizes, stage_sizes
 
 GIGA, TERA = 1e9, 1e12
+BF16 = 2
 NEWTON_SCHULZ_STEPS = len(SCHEMES[OptimizerConfig().newton_schulz].polynomials)
 
 
@@ -36,12 +38,13 @@ class Traffic:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step."""
+    """Seconds of one step; `states` is the pass over gradients, weights and momentum."""
 
     compute: float
     recompute: float
     bubble: float
-    optimizer: float
+    newton_schulz: float
+    states: float
     traffic: dict[str, Traffic]
 
     @property
@@ -52,20 +55,21 @@ class StepTime:
     @property
     def total(self) -> float:
         """All of it."""
-        return self.compute + self.recompute + self.bubble + self.optimizer + self.exposed
+        return self.compute + self.recompute + self.bubble + self.newton_schulz + self.states + self.exposed
 
     def as_dict(self) -> dict[str, object]:
         """Components, their sum, and the pipeline's bubble as a share."""
         return asdict(self) | {"exposed": self.exposed, "total": self.total, "bubble_share": self.bubble / self.total}
 
 
-def step_time(model: ModelConfig, layout: Layout, cluster: Cluster, batch_tokens: int, context: int) -> StepTime:
+def step_time(config: PretrainConfig, layout: Layout, cluster: Cluster) -> StepTime:
     """Time of one step on the cluster's GPUs."""
+    model, context = config.model, config.context_length
     peak = cluster.gpu.bf16_tflops * TERA * cluster.gpu.efficiency
-    micro_batches = layout.micro_batches(batch_tokens)
+    micro_batches = layout.micro_batches(config.batch_tokens)
     passes = micro_batches * layout.micro_batch_tokens
     forward = [stage_flops(model, layout, stage, context) for stage in range(layout.pp)]
-    again = [_recomputed_flops(model, layout, stage) for stage in range(layout.pp)]
+    again = [_recomputed_flops(model, layout, stage, context) for stage in range(layout.pp)]
     slowest = max(range(layout.pp), key=lambda stage: 3 * forward[stage] + again[stage])
     compute, recompute = 3 * forward[slowest] * passes / peak, again[slowest] * passes / peak
     one = (compute + recompute) / micro_batches
@@ -73,13 +77,13 @@ def step_time(model: ModelConfig, layout: Layout, cluster: Cluster, batch_tokens
         compute=compute,
         recompute=recompute,
         bubble=(layout.pp - 1) * one / layout.virtual_stages,
-        optimizer=optimizer_seconds(model, layout, cluster),
+        newton_schulz=newton_schulz_seconds(model, layout, cluster),
+        states=_states_seconds(model, layout, cluster),
         traffic={
             "expert all-to-all": _all_to_all(model, layout, cluster, micro_batches, one),
             "pipeline": _pipeline(model, layout, cluster, micro_batches, one),
             "gradients and parameters": _data_parallel(model, layout, cluster, one),
-            "momentum for Newton-Schulz": _momentum(model, layout, cluster),
-            "offload": _offload(model, layout, cluster, micro_batches, one),
+            "offload": _offload(config, layout, cluster, micro_batches, one),
         },
     )
 
@@ -105,44 +109,59 @@ def _layer_flops(model: ModelConfig, layer: int, context: int) -> float:
     return 2.0 * active + pair * (context + 1)
 
 
-def _recomputed_flops(model: ModelConfig, layout: Layout, stage: int) -> float:
-    """MLA up-projections and MoE down-projections, forward, of one token."""
-    if not layout.recompute:
-        return 0.0
-    heads, hidden = model.num_attention_heads, model.hidden_size
-    query = (model.q_lora_rank or hidden) * heads * model.qk_head_dim
-    up = query + model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
-    down = (model.num_experts_per_tok + model.n_shared_experts) * model.moe_intermediate_size * hidden
-    dense = model.intermediate_size * hidden
+def _recomputed_flops(model: ModelConfig, layout: Layout, stage: int, context: int) -> float:
+    """Forward operations that the backward pass of one token repeats; a GPU's attention repeats its own in any case."""
     layers = layers_of_rank(model.num_hidden_layers, layout, stage)
-    return sum(2.0 * (up + (dense if layer < model.first_k_dense_replace else down)) for layer in layers)
+    return sum(_layer_again(model, layout.recompute, layer, context) for layer in layers)
+
+
+@lru_cache(maxsize=4096)
+def _layer_again(model: ModelConfig, recompute: tuple[Recompute, ...], layer: int, context: int) -> float:
+    if "layers" in recompute:
+        return _layer_flops(model, layer, context)
+    heads, hidden, dense = model.num_attention_heads, model.hidden_size, layer < model.first_k_dense_replace
+    query = (model.q_lora_rank or hidden) * heads * model.qk_head_dim
+    mla = query + model.kv_lora_rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
+    mixture = (model.num_experts_per_tok + model.n_shared_experts) * model.moe_intermediate_size
+    operations = {
+        "mla_up_projections": 2.0 * mla,
+        "mlp_up_projections": 4.0 * hidden * (model.intermediate_size if dense else mixture),
+    }
+    return sum(operations.get(name, 0.0) for name in recompute)
 
 
 @lru_cache(maxsize=8)
-def _newton_schulz_flops(model: ModelConfig) -> dict[str | int, tuple[float, float]]:
-    """Operations for routed and other matrices of every layer: 4 m^2 n + 2 m^3 an iteration, m the shorter side."""
-    found: dict[str | int, tuple[float, float]] = {}
+def _newton_schulz_flops(model: ModelConfig) -> dict[int, tuple[float, float, float]]:
+    """Operations for routed and other matrices of every layer, and for the largest of the others.
+
+    An iteration is 4 m^2 n + 2 m^3, m the shorter side.
+    """
+    found: dict[int, tuple[float, float, float]] = {}
     for tensor in logical_tensors(model):
         if tensor.group == "muon" and tensor.layer is not None:
             short, long = sorted(tensor.shape)
             cost = NEWTON_SCHULZ_STEPS * (4.0 * short * short * long + 2.0 * short**3)
-            routed, rest = found.get(tensor.layer, (0.0, 0.0))
-            found[tensor.layer] = (routed + cost, rest) if tensor.quantized else (routed, rest + cost)
+            routed, rest, largest = found.get(tensor.layer, (0.0, 0.0, 0.0))
+            more = (routed + cost, rest, largest) if tensor.quantized else (routed, rest + cost, max(largest, cost))
+            found[tensor.layer] = more
     return found
 
 
-def optimizer_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:
-    """Newton-Schulz, matrices divided over the ranks that hold them, and one pass over states and gradients."""
-    flops, stored = 0.0, 0.0
-    costs = _newton_schulz_flops(model)
+def newton_schulz_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:
+    """Whole matrices divided over the ranks that hold them; the busiest has its mean or the largest one."""
+    flops, costs = 0.0, _newton_schulz_flops(model)
     for stage in range(layout.pp):
-        layers = layers_of_rank(model.num_hidden_layers, layout, stage)
-        routed = sum(costs[layer][0] for layer in layers) / layout.ep / layout.dp
-        rest = sum(costs[layer][1] for layer in layers) / layout.data_parallel
-        flops = max(flops, routed + rest)
-        stored = max(stored, _states_bytes(model, layout, stage))
-    rate = cluster.gpu.bf16_tflops * TERA * cluster.gpu.newton_schulz_efficiency
-    return flops / rate + 2 * stored / (cluster.gpu.memory_gb_s * GIGA)
+        routed, rest, largest = zip(
+            *(costs[n] for n in layers_of_rank(model.num_hidden_layers, layout, stage)), strict=True
+        )
+        dense = max(sum(rest) / layout.data_parallel, max(largest))
+        flops = max(flops, sum(routed) / layout.ep / layout.dp + dense)
+    return flops / (cluster.gpu.bf16_tflops * TERA * cluster.gpu.newton_schulz_efficiency)
+
+
+def _states_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) -> float:
+    stored = max(_states_bytes(model, layout, stage) for stage in range(layout.pp))
+    return 2 * stored / (cluster.gpu.memory_gb_s * GIGA)
 
 
 def _states_bytes(model: ModelConfig, layout: Layout, stage: int) -> float:
@@ -193,29 +212,25 @@ def _data_parallel(model: ModelConfig, layout: Layout, cluster: Cluster, one: fl
     return Traffic(dense + experts, seconds, max(0.0, seconds - one))
 
 
-def _momentum(model: ModelConfig, layout: Layout, cluster: Cluster) -> Traffic:
-    """Shards of bfloat16 momentum to the rank that orthogonalises their matrix (Moonlight, algorithm 1)."""
-    sizes = max((stage_sizes(model, layout, stage) for stage in range(layout.pp)), key=lambda s: s.routed)
-    dense = BF16 * sizes.shared / layout.data_parallel * (layout.data_parallel > 1)
-    experts = BF16 * sizes.routed / layout.ep / layout.dp * (layout.dp > 1)
-    seconds = dense / _bandwidth(cluster, layout.data_parallel, 1) + experts / _bandwidth(cluster, layout.dp, layout.ep)
-    return Traffic(dense + experts, seconds, seconds)
-
-
-def _offload(model: ModelConfig, layout: Layout, cluster: Cluster, micro_batches: int, one: float) -> Traffic:
+def _offload(config: PretrainConfig, layout: Layout, cluster: Cluster, micro_batches: int, one: float) -> Traffic:
     """Activations to the host and back beside computation; masters and momentum visit the GPU for the update."""
     activations = states = 0.0
     if layout.offload_activations:
-        kept = layout.virtual_stages * max(max(chunk_bytes(model, layout, stage)) for stage in range(layout.pp))
+        kept = max(sum(chunk.host for chunk in chunk_bytes(config, layout, stage)) for stage in range(layout.pp))
         activations = 2.0 * kept * micro_batches
     if layout.offload_optimizer:
-        states = max(_states_bytes(model, layout, stage) for stage in range(layout.pp))
+        states = max(_states_bytes(config.model, layout, stage) for stage in range(layout.pp))
     rate = cluster.gpu.pcie_gb_s * GIGA
     exposed = max(0.0, activations / rate / micro_batches - one) * micro_batches + states / rate
     return Traffic(activations + states, (activations + states) / rate, exposed)
 
 
+@lru_cache(maxsize=8)
+def _training_flops(model: ModelConfig, context: int) -> float:
+    return token_cost(model, context).flops_training
+
+
 def utilisation(model: ModelConfig, cluster: Cluster, step: StepTime, batch_tokens: int, context: int) -> float:
     """Model FLOPs utilisation: what the model needs over what the GPUs could do in a step."""
-    needed = token_cost(model, context).flops_training * batch_tokens
+    needed = _training_flops(model, context) * batch_tokens
     return needed / (step.total * cluster.gpus * cluster.gpu.bf16_tflops * TERA)

@@ -27,7 +27,7 @@ from k2.model.rope import softmax_scale
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
 from k2.optim.schedule import Phase, Schedule
-from k2.planner.layout import Layout
+from k2.planner.layout import Layout, default_layout
 from k2.processes import world_size
 from k2.training.batches import NextTokenLoss, TokenBatch, micro_batches
 from k2.training.history import History
@@ -90,11 +90,12 @@ def layout_of(config: PretrainConfig, context: int, ranks: int) -> Layout:
     """How ranks divide the work at a context length; data parallelism takes what pipeline and experts leave."""
     parallel = config.parallel
     group = parallel.pipeline_parallel_size * parallel.expert_parallel_size
-    layout = Layout(
-        parallel.pipeline_parallel_size,
-        parallel.expert_parallel_size,
-        max(1, ranks // group),
-        parallel.virtual_stages,
+    layout = replace(
+        default_layout(config),
+        pp=parallel.pipeline_parallel_size,
+        ep=parallel.expert_parallel_size,
+        dp=max(1, ranks // group),
+        virtual_stages=parallel.virtual_stages,
     )
     return replace(layout, micro_batch_tokens=micro_batch_rows(config, context, layout) * context)
 
@@ -140,6 +141,8 @@ def build(config: PretrainConfig, mesh: Mesh | None = None) -> tuple[TrainState,
         fp8_storage=config.fp8_storage,
         offload_activations=config.offload_activations,
     ).initialize(config.seed)
+    if config.param_dtype == "bfloat16":
+        model.narrow()
     history = History(interval=-(-config.steps // config.curve_points))
     if mesh is not None:
         plan = DistributedPlan(mesh, model)
