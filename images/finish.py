@@ -83,7 +83,8 @@ def main(kind: str) -> None:
     """Prune, strip where binutils are, share, compile, and write `sbom.json` beside the environment."""
     for pattern in (*UNUSED, *(UNUSED_ON_CPU if kind == "cpu" else ())):
         for path in sorted(SITE.glob(pattern)):
-            remove(path)
+            if not path.is_relative_to(SITE / "k2"):
+                remove(path)
     for pattern in UNUSED_IN_MODELS:
         for path in sorted((SITE / "transformers" / "models").glob(f"*/{pattern}")):
             if path.parent.name not in MODELS:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from images import build, finish
+from k2.execution.digest import code_digest
 from tests.manifests.render import ROOT, tool
 
 KINDS = ("cpu", "gpu")
@@ -178,6 +179,15 @@ def test_the_image_works_for_any_user(container: str) -> None:
 def test_what_was_left_out_is_missed_by_no_module(container: str) -> None:
     """Also by those that only some runs import, such as the tasks of the preset tiny's evaluation."""
     assert inside(container, "python", "-W", "ignore", "-c", IMPORTS).strip() == "4"
+
+
+def test_the_kernels_of_cpus_are_there_and_are_the_code_of_this_checkout(container: str) -> None:
+    code = """import torch
+from k2.execution.digest import code_digest
+from k2.kernels import cpu
+assert cpu.serves(torch.ones(1).bfloat16()), "no library for this processor"
+print(code_digest("k2.stages.pretrain"))"""
+    assert inside(container, "python", "-c", code).strip() == code_digest("k2.stages.pretrain")
 
 
 def test_the_image_is_small(container: str) -> None:
