@@ -20,7 +20,7 @@ from _table import Row, row, run
 
 from k2.config.model import ModelConfig
 from k2.config.optimizer import OptimizerConfig
-from k2.data.loader import TokenLoader
+from k2.data.loader import ArrayCorpus, TokenLoader
 from k2.distributed.checkpoint import CONNECTIONS, Checkpoints
 from k2.distributed.objects import Objects
 from k2.model.layout import logical_tensors
@@ -49,7 +49,7 @@ class Batches:
 
     def __init__(self, shape: dict[str, Any], vocab_size: int) -> None:
         tokens = np.random.default_rng(0).integers(vocab_size, size=200_000, dtype=np.uint16)
-        self.loader = TokenLoader(tokens, np.arange(0, 200_001, 1000), shape["batch"], shape["length"], 0)
+        self.loader = TokenLoader(ArrayCorpus(tokens, np.arange(0, 200_001, 1000)), shape["batch"], shape["length"], 0)
         self.state_dict, self.load_state_dict = self.loader.state_dict, self.loader.load_state_dict
 
     def next_step(self) -> list[TokenBatch]:

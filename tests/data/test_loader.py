@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2.data.loader import IGNORE, Batch, TokenLoader
+from k2.data.loader import IGNORE, ArrayCorpus, Batch, TokenLoader
 from k2.data.packing import Stream, concatenate
 
 documents_lengths = st.lists(st.integers(0, 23), min_size=1, max_size=25).filter(any)
@@ -26,7 +26,7 @@ def equal(left: Batch, right: Batch) -> bool:
 @given(documents_lengths, st.integers(1, 4), st.integers(1, 17), st.integers(0, 12))
 def test_every_epoch_feeds_each_token_once(lengths, batch_size, context_length, steps):
     tokens, offsets = corpus(lengths)
-    loader = TokenLoader(tokens, offsets, batch_size, context_length, seed=3)
+    loader = TokenLoader(ArrayCorpus(tokens, offsets), batch_size, context_length, seed=3)
     fed = [loader.next_batch().tokens_BL.ravel() for _ in range(steps)]
     left = loader._remaining()
     times = np.bincount(np.concatenate([*fed, left.locate(np.arange(len(left)))]))
@@ -37,7 +37,7 @@ def test_every_epoch_feeds_each_token_once(lengths, batch_size, context_length, 
 def test_targets_positions_and_documents_follow_from_the_tokens(lengths, context_length, seed):
     tokens, offsets = corpus(lengths)
     ends = set((offsets[1:] - 1).tolist())
-    loader = TokenLoader(tokens, offsets, 2, context_length, seed)
+    loader = TokenLoader(ArrayCorpus(tokens, offsets), 2, context_length, seed)
     for _ in range(4):
         batch = loader.next_batch()
         for row, targets, document, positions in zip(*(getattr(batch, n) for n in vars(batch)), strict=True):
@@ -62,12 +62,12 @@ def test_resuming_at_any_step_equals_an_uninterrupted_run(lengths, batch_size, b
             loader.set_context_length(changes[number], batch_size)
         return loader.next_batch()
 
-    straight = TokenLoader(tokens, offsets, batch_size, 5, seed=7)
+    straight = TokenLoader(ArrayCorpus(tokens, offsets), batch_size, 5, seed=7)
     batches = [step(straight, number) for number in range(before + after)]
-    broken = TokenLoader(tokens, offsets, batch_size, 5, seed=7)
+    broken = TokenLoader(ArrayCorpus(tokens, offsets), batch_size, 5, seed=7)
     for number in range(before):
         step(broken, number)
-    resumed = TokenLoader(tokens, offsets, batch_size, 99, seed=7)
+    resumed = TokenLoader(ArrayCorpus(tokens, offsets), batch_size, 99, seed=7)
     resumed.load_state_dict(json.loads(json.dumps(broken.state_dict())))
     for number in range(before, before + after):
         assert equal(step(resumed, number), batches[number])
@@ -77,8 +77,10 @@ def test_resuming_at_any_step_equals_an_uninterrupted_run(lengths, batch_size, b
 @given(documents_lengths, st.sampled_from([1, 2, 3, 6]), st.integers(1, 9))
 def test_ranks_partition_the_step_of_one_process(lengths, world_size, context_length):
     tokens, offsets = corpus(lengths)
-    single = TokenLoader(tokens, offsets, 6, context_length, seed=1)
-    ranks = [TokenLoader(tokens, offsets, 6, context_length, 1, rank, world_size) for rank in range(world_size)]
+    single = TokenLoader(ArrayCorpus(tokens, offsets), 6, context_length, seed=1)
+    ranks = [
+        TokenLoader(ArrayCorpus(tokens, offsets), 6, context_length, 1, rank, world_size) for rank in range(world_size)
+    ]
     for _ in range(5):
         parts = [loader.next_batch() for loader in ranks]
         whole = single.next_batch()
@@ -92,7 +94,7 @@ def test_ranks_partition_the_step_of_one_process(lengths, world_size, context_le
 @given(documents_lengths, st.integers(1, 7), st.integers(1, 13))
 def test_changing_the_context_length_loses_nothing(lengths, first, second):
     tokens, offsets = corpus(lengths)
-    loader = TokenLoader(tokens, offsets, 1, first, seed=2)
+    loader = TokenLoader(ArrayCorpus(tokens, offsets), 1, first, seed=2)
     fed = [loader.next_batch().tokens_BL.ravel() for _ in range(len(tokens) // first // 2)]
     loader.set_context_length(second, 1)
     left = loader._remaining()
@@ -103,9 +105,9 @@ def test_changing_the_context_length_loses_nothing(lengths, first, second):
 
 def test_epochs_and_seeds_shuffle_differently():
     tokens, offsets = corpus([10] * 40)
-    loader = TokenLoader(tokens, offsets, 40, 10, seed=0)
+    loader = TokenLoader(ArrayCorpus(tokens, offsets), 40, 10, seed=0)
     first, second = loader.next_batch(), loader.next_batch()
-    other = TokenLoader(tokens, offsets, 40, 10, seed=1).next_batch()
+    other = TokenLoader(ArrayCorpus(tokens, offsets), 40, 10, seed=1).next_batch()
     assert not np.array_equal(first.tokens_BL, second.tokens_BL)
     assert not np.array_equal(first.tokens_BL, other.tokens_BL)
     assert loader.epoch == 1
@@ -113,23 +115,23 @@ def test_epochs_and_seeds_shuffle_differently():
 
 def test_rows_of_a_long_document_do_not_follow_each_other():
     tokens, offsets = corpus([1000])
-    rows = TokenLoader(tokens, offsets, 100, 10, seed=0).next_batch().tokens_BL[:, 0]
+    rows = TokenLoader(ArrayCorpus(tokens, offsets), 100, 10, seed=0).next_batch().tokens_BL[:, 0]
     assert (np.diff(rows) == 10).mean() < 0.1
 
 
 def test_state_of_another_corpus_is_refused():
     tokens, offsets = corpus([9, 9])
-    state = TokenLoader(tokens, offsets, 1, 4, seed=0).state_dict()
+    state = TokenLoader(ArrayCorpus(tokens, offsets), 1, 4, seed=0).state_dict()
     with pytest.raises(ValueError, match="does not fit"):
-        TokenLoader(tokens, offsets, 1, 4, seed=1).load_state_dict(state)
+        TokenLoader(ArrayCorpus(tokens, offsets), 1, 4, seed=1).load_state_dict(state)
 
 
 def test_empty_corpus_and_uneven_ranks_are_refused():
     tokens, offsets = corpus([3])
     with pytest.raises(ValueError, match="no tokens"):
-        TokenLoader(tokens[:0], offsets[:1], 1, 4, seed=0)
+        TokenLoader(ArrayCorpus(tokens[:0], offsets[:1]), 1, 4, seed=0)
     with pytest.raises(ValueError, match="multiple of world_size"):
-        TokenLoader(tokens, offsets, 3, 4, seed=0, world_size=2)
+        TokenLoader(ArrayCorpus(tokens, offsets), 3, 4, seed=0, world_size=2)
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(any), st.data())

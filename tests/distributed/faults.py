@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from k2.config.optimizer import OptimizerConfig
-from k2.data.loader import TokenLoader
+from k2.data.loader import ArrayCorpus, TokenLoader
 from k2.distributed.mesh import Mesh, join
 from k2.distributed.plan import DistributedPlan
 from k2.distributed.watchdog import Watchdog
@@ -33,7 +33,7 @@ class Rows:
     """Steps of a rank's rows."""
 
     def __init__(self, plan: DistributedPlan) -> None:
-        self._loader = TokenLoader(*corpus(), 8, 16, 0, plan.data_rank, plan.layout.data_parallel)
+        self._loader = TokenLoader(ArrayCorpus(*corpus()), 8, 16, 0, plan.data_rank, plan.layout.data_parallel)
         self.step = 0
 
     def next_step(self) -> list[TokenBatch]:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from k2.config.model import ModelConfig
 from k2.config.optimizer import OptimizerConfig
-from k2.data.loader import TokenLoader
+from k2.data.loader import ArrayCorpus, TokenLoader
 from k2.distributed import zero
 from k2.distributed.mesh import Mesh, join
 from k2.distributed.plan import DistributedPlan
@@ -83,7 +83,7 @@ class Choices:
 
 def train(state: TrainState, steps: int, plan: ParallelPlan) -> list[dict[str, Any]]:
     """A few steps on one rank's part of the data; returns the reports."""
-    loader = TokenLoader(*corpus(), ROWS, LENGTH, 0, plan.data_rank, plan.layout.data_parallel)
+    loader = TokenLoader(ArrayCorpus(*corpus()), ROWS, LENGTH, 0, plan.data_rank, plan.layout.data_parallel)
     reports = []
     for _ in range(steps):
         batch = loader.next_batch()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from k2.data.loader import TokenLoader
+from k2.data.loader import ArrayCorpus, TokenLoader
 from k2.distributed import checkpoint
 from k2.distributed.checkpoint import Checkpoints
 from k2.distributed.mesh import join
@@ -42,7 +42,7 @@ class Rows:
     """One rank's micro-batches."""
 
     def __init__(self, rank: int, ranks: int) -> None:
-        self.loader = TokenLoader(*corpus(), ROWS, LENGTH, 0, rank, ranks)
+        self.loader = TokenLoader(ArrayCorpus(*corpus()), ROWS, LENGTH, 0, rank, ranks)
         self.state_dict, self.load_state_dict = self.loader.state_dict, self.loader.load_state_dict
 
     def next_step(self) -> Any:

@@ -180,7 +180,7 @@ def test_a_corrupt_artifact_is_made_anew(nano: Nano) -> None:
         patch.delenv("K2_S3_PREFIX", raising=False)
         store = Store.from_environment()
         artifact = open_uri(store, uri)
-        store.put(f"{artifact.kind}/{artifact.key}/{artifact.manifest.attempt}/train/tokens.npy", b"rot")
+        store.put(f"{artifact.kind}/{artifact.key}/{artifact.manifest.attempt}/train/index.json", b"rot")
     again = site.k2("run", "--preset", "nano", "--json")
     assert again.code == 0, again.err
     ran = {name for name, stage in again.json["stages"].items() if not stage["cached"]}

@@ -55,7 +55,7 @@ def test_nothing_of_the_work_is_left(store: Store, run: Callable[[], Outcome]) -
 @pytest.mark.parametrize("damage", ["delete", "corrupt"])
 def test_broken_work_is_made_anew_with_the_same_bytes(store: Store, run: Callable[[], Outcome], damage: str) -> None:
     first = run().artifact
-    name = f"tokenize/{first.key}/{first.manifest.attempt}/train/tokens.npy"
+    name = f"tokenize/{first.key}/{first.manifest.attempt}/train/web-00000.npy"
     if damage == "delete":
         store.delete(name)
     else:

@@ -112,7 +112,7 @@ def test_a_stage_is_made_by_a_job_and_its_result_returned(
         "heldout": make_artifact("ingest", {"heldout.jsonl.zst": documents(3, "a slow dog")}),
     }
     outcome = execute("tokenize", TokenizeConfig(vocab_size=512), inputs, store, progress, "nightly 1", "nano")
-    assert "train/tokens.npy" in outcome.artifact.files
+    assert "train/index.json" in outcome.artifact.files
     assert not outcome.cached
     (job,) = kubernetes.of("jobs")
     assert job["metadata"]["ownerReferences"][0]["kind"] == "Workflow"

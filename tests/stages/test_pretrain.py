@@ -3,13 +3,16 @@
 import io
 import json
 from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from k2.config.pretrain import PretrainConfig
+from k2.config.pretrain import DataConfig, PretrainConfig
+from k2.data.shards import write_shards
 from k2.errors import UserError
 from k2.execution.contract import StageResult
 from k2.model import hf
@@ -27,16 +30,23 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def tokenized(make: Make, train: int = 4000, heldout: int = 400) -> Artifact:
+def tokenized(make: Make, folder: Path, train: int = 4000, heldout: int = 400) -> Artifact:
+    """Two domains in shards of about a quarter of their tokens."""
     (tokens, offsets), (other, other_offsets) = corpus(train), corpus(heldout)
-    files = {"train/tokens.npy": tokens, "train/offsets.npy": offsets}
-    files |= {"heldout/tokens.npy": other, "heldout/offsets.npy": other_offsets}
-    contents = {name: npy(array) for name, array in files.items()} | {"tokenizer/tokenizer.json": b"{}"}
-    return make("tokenize", contents)
+    texts = [tokens[start:end].tolist() for start, end in pairwise(offsets)]
+    domains = (("code" if number % 3 else "web", ids) for number, ids in enumerate(texts))
+    shards = folder / "shards"
+    shards.mkdir(exist_ok=True)
+    write_shards(domains, 64, shards, train // 4)
+    files = {f"train/{path.name}": path.read_bytes() for path in shards.iterdir()}
+    files |= {"heldout/tokens.npy": npy(other), "heldout/offsets.npy": npy(other_offsets)}
+    return make("tokenize", files | {"tokenizer/tokenizer.json": b"{}"})
 
 
-def test_it_publishes_a_checkpoint_and_the_same_one_again(stage_harness: Harness, make_artifact: Make) -> None:
-    inputs = {"tokens": tokenized(make_artifact)}
+def test_it_publishes_a_checkpoint_and_the_same_one_again(
+    stage_harness: Harness, make_artifact: Make, tmp_path: Path
+) -> None:
+    inputs = {"tokens": tokenized(make_artifact, tmp_path)}
     result = stage_harness(run, CONFIG, inputs)
     metrics = result.metrics
     assert metrics["loss_last"] < metrics["loss_first"] - 0.5
@@ -55,6 +65,16 @@ def test_it_publishes_a_checkpoint_and_the_same_one_again(stage_harness: Harness
     assert hidden.isfinite().all()
     assert (folder / "tokenizer/tokenizer.json").read_bytes() == b"{}"
     check_report(result.artifact.json("report.json"))
+    spans = [dict(zip(*pair, strict=True)) for pair in spans_of(result.artifact)]
+    assert {span["corpus"] for span in spans} == {"code", "web"}
+    assert max(span["window"] for span in spans) > 1
+    lengths = {1: CONFIG.context_length, 2: CONFIG.long_context_length}
+    assert sum((s["stop"] - s["start"]) * lengths[s["phase"]] for s in spans if s["phase"] in lengths) <= 2560
+
+
+def spans_of(artifact: Artifact) -> list[tuple[list[str], list[Any]]]:
+    ledger = artifact.json("report.json")["ledger"]
+    return [(ledger["fields"], row) for row in ledger["read_once"]]
 
 
 def check_report(report: dict[str, Any]) -> None:
@@ -69,9 +89,21 @@ def check_report(report: dict[str, Any]) -> None:
     json.dumps(report, allow_nan=False)
 
 
-def test_short_heldout_text_is_a_user_error(stage_harness: Harness, make_artifact: Make) -> None:
+def test_short_heldout_text_is_a_user_error(stage_harness: Harness, make_artifact: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="held-out"):
-        stage_harness(run, CONFIG, {"tokens": tokenized(make_artifact, heldout=8)})
+        stage_harness(run, CONFIG, {"tokens": tokenized(make_artifact, tmp_path, heldout=8)})
+
+
+def test_the_mixture_weighs_domains_that_are_there(stage_harness: Harness, make_artifact: Make, tmp_path: Path) -> None:
+    inputs = {"tokens": tokenized(make_artifact, tmp_path)}
+    only = CONFIG.model_copy(update={"data": DataConfig(mixture={"web": 1.0})})
+    spans = spans_of(stage_harness(run, only, inputs).artifact)
+    assert {row[0] for _, row in spans} == {"web"}
+    wrong = CONFIG.model_copy(update={"data": DataConfig(mixture={"web": 1.0, "art": 2.0})})
+    with pytest.raises(UserError, match=r"data.mixture weighs 'art'; the domains here are code, web"):
+        stage_harness(run, wrong, inputs)
+    with pytest.raises(ValueError, match="weights must be positive"):
+        DataConfig(mixture={"web": 0.0})
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.fixture
-def tokens(make_artifact: Make) -> Artifact:
-    return tokenized(make_artifact, 40_000, 5_000)
+def tokens(make_artifact: Make, tmp_path: Path) -> Artifact:
+    return tokenized(make_artifact, tmp_path, 40_000, 5_000)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from k2.config.model import ModelConfig, RopeScaling
 from k2.config.optimizer import OptimizerConfig
 from k2.config.pretrain import PretrainConfig
-from k2.data.loader import TokenLoader
+from k2.data.loader import ArrayCorpus, TokenLoader
 from k2.distributed.checkpoint import Checkpoints
 from k2.store.client import Store
 from k2.store.lease import Lease
@@ -84,9 +84,8 @@ def corpus(tokens: int = 4000) -> tuple[np.ndarray, np.ndarray]:
 def run(store: Store, key: str, config: PretrainConfig = CONFIG, progress: NoProgress | None = None) -> TrainState:
     """Pretrain on the corpus above, with checkpoints under a key."""
     tokens, offsets = corpus()
-    loader = TokenLoader(
-        tokens, offsets, config.batch_tokens // config.context_length, config.context_length, config.seed
-    )
+    rows = config.batch_tokens // config.context_length
+    loader = TokenLoader(ArrayCorpus(tokens, offsets), rows, config.context_length, config.seed)
     state, plan = build(config)
     with work_area(store, key) as work, Checkpoints(work, config.checkpoint_interval) as checkpoints:
         pretrain(config, state, plan, loader, tokens[:400], checkpoints, progress or NoProgress())

@@ -4,10 +4,27 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from k2.config.base import TrainingSection, setting
+from k2.config.base import Section, TrainingSection, setting
 from k2.config.model import ModelConfig, Recompute, RopeScaling
 from k2.config.optimizer import OptimizerConfig
 from k2.config.parallel import ParallelConfig
+
+
+class DataConfig(Section):
+    """What a run reads of the tokenized corpus, and how."""
+
+    mixture: dict[str, float] = setting(
+        {}, "domain -> weight in tokens; empty takes all domains in proportion to the tokens they have"
+    )
+    prefetch_steps: int = setting(2, "steps whose rows are made ahead", semantic=False, ge=0)
+    cache_mb: int = setting(8192, "MiB of tokens a rank keeps in memory", semantic=False, ge=1)
+    patience_s: float = setting(900.0, "how long a rank waits for a store that is away", semantic=False, ge=0)
+
+    @model_validator(mode="after")
+    def _positive(self) -> Self:
+        if any(weight <= 0 for weight in self.mixture.values()):
+            raise ValueError(f"mixture: weights must be positive, got {self.mixture}; leave out domains not wanted")
+        return self
 
 
 class PretrainConfig(TrainingSection):
@@ -15,6 +32,7 @@ class PretrainConfig(TrainingSection):
 
     model: ModelConfig = setting(ModelConfig(), "architecture; rope_scaling stays null, the long-context phase sets it")
     optimizer: OptimizerConfig = setting(OptimizerConfig(), "MuonClip")
+    data: DataConfig = setting(DataConfig(), "what is read of the corpus")
     lr: float = setting(2e-4, "peak learning rate", gt=0)
     decayed_lr_ratio: float = setting(0.1, "learning rate after the cosine decay, as a share of the peak", ge=0, le=1)
     final_lr_ratio: float = setting(0.035, "learning rate at the very end, as a share of the peak", ge=0, le=1)

@@ -27,6 +27,7 @@ class TokenizeConfig(StageSection):
     train_bytes: int = setting(4_000_000_000, "stop training the tokenizer after this many bytes, seeded choice", gt=0)
     chat_texts: tuple[str, ...] = setting(CHAT_TEXTS, "texts of the chat template that the tokenizer also learns from")
     chat_repeats: int = setting(1000, "how often it sees each of them", ge=0)
+    shard_tokens: int = setting(2**28, "tokens of a shard at most; training shuffles documents within one", gt=0)
 
     @model_validator(mode="after")
     def _bytes_fit(self) -> Self:

@@ -1,14 +1,16 @@
 """Proof of one pass: which rows were read, by whichever ranks, and that none was read twice or left out.
 
-A row is named by its epoch, the phase in it (a change of the context length cuts what is left anew) and its place in
-the order of that phase. Rows hold different tokens, and together all of an epoch but what is too short for a row, which
-opens the next; so rows that are read once are documents that are read once.
+A row is named by its corpus, the window in it (counted through epochs), the phase in that (a change of the context
+length cuts what is left anew) and its place in the order of that phase. Rows hold different tokens, and together all of
+a window but what is too short for a row, which opens the next; so rows that are read once are documents that are read
+once, and windows in sequence are all the documents there are.
 """
 
 from bisect import insort
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import astuple, dataclass, replace
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, Self
 
 from k2.errors import StageError
@@ -16,21 +18,22 @@ from k2.errors import StageError
 
 @dataclass(frozen=True, order=True)
 class Span:
-    """Rows `start` to `stop` of the `rows` in a phase, in its order."""
+    """Rows `start` to `stop` of the `rows` in a phase, in its order; all of none for a window too short for a row."""
 
-    epoch: int
+    corpus: str
+    window: int
     phase: int
     start: int
     stop: int
     rows: int
 
     def __str__(self) -> str:
-        return f"rows {self.start} to {self.stop} of epoch {self.epoch}, phase {self.phase}"
+        return f"rows {self.start} to {self.stop} of {self.corpus} window {self.window}, phase {self.phase}"
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Epoch and phase."""
-        return self.epoch, self.phase
+    def place(self) -> tuple[str, int, int]:
+        """Corpus, window and phase."""
+        return self.corpus, self.window, self.phase
 
 
 class Ledger:
@@ -65,19 +68,26 @@ class Ledger:
         Raises:
             StageError: rows were left out.
         """
-        for span in self.spans:
-            if span.start > 0:
-                before = max(
-                    (other.stop for other in self.spans if other.place == span.place and other < span), default=0
-                )
-                raise StageError(f"data: {replace(span, start=before, stop=span.start)} were left out")
-        for span, then in pairwise(self.spans):
-            if then.epoch > span.epoch and span.stop < span.rows:
-                raise StageError(f"data: {replace(span, start=span.stop, stop=span.rows)} were left out")
+        for corpus, spans in groupby(self.spans, attrgetter("corpus")):
+            before = Span(corpus, -1, 0, 0, 0, 0)
+            for span in spans:
+                start = before.stop if span.place == before.place else 0
+                if span.start > start:
+                    raise _left_out(replace(span, start=start, stop=span.start))
+                if span.window > before.window and before.stop < before.rows:
+                    raise _left_out(replace(before, start=before.stop, stop=before.rows))
+                if span.window > before.window + 1:
+                    raise StageError(f"data: {corpus} windows {before.window + 1} to {span.window} were left out")
+                before = span
 
-    def state_dict(self) -> list[list[int]]:
+    @property
+    def rows(self) -> int:
+        """Rows that were read."""
+        return sum(span.stop - span.start for span in self.spans)
+
+    def state_dict(self) -> list[list[Any]]:
         """JSON-ready."""
-        return [[span.epoch, span.phase, span.start, span.stop, span.rows] for span in self.spans]
+        return [list(astuple(span)) for span in self.spans]
 
     @classmethod
     def merged(cls, states: Iterable[Iterable[Iterable[Any]]]) -> Self:
@@ -87,3 +97,7 @@ class Ledger:
             StageError: two of them read the same rows.
         """
         return cls(Span(*values) for state in states for values in state)
+
+
+def _left_out(span: Span) -> StageError:
+    return StageError(f"data: {span} were left out")

@@ -1,13 +1,14 @@
 """Batches of packed rows for training, and a state of a few numbers from which they continue exactly.
 
-B batch (rows), L context length. The order of an epoch depends on the seed and the epoch alone: documents
-are shuffled, concatenated and cut into rows, and the rows are shuffled. What is too short for a row at the
-end of an epoch (or of a context-length phase) opens the next. Every rank keeps the same state.
+B batch (rows), L context length. A corpus comes in windows, such as the shards of a tokenized artifact. The order
+depends on the seed alone: an epoch shuffles the windows; a window's documents are shuffled, concatenated and cut into
+rows, and the rows are shuffled. What is too short for a row at the end of a window (or of a context-length phase)
+opens the next. Every rank keeps the same state.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from k2.data.ledger import Span
 from k2.data.packing import Int64, Stream
 
 IGNORE = -100
+_WINDOWS = 1 << 31
+"""Third word of the seed of the order of windows; rows have the number of their phase there."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,48 @@ class Batch:
     positions_BL: Int64
 
 
+class Corpus(Protocol):
+    """Documents in windows; tokens are numbered through all of them.
+
+    windows, tokens, documents: how many there are. name: what a ledger calls it.
+    """
+
+    name: str
+    windows: int
+    tokens: int
+    documents: int
+
+    def offsets(self, window: int) -> Int64:
+        """Where the documents of a window start, and where the last one ends."""
+
+    def read(self, index: Int64) -> NDArray[Any]:
+        """The tokens of these numbers."""
+
+    def is_last(self, index: Int64) -> NDArray[np.bool_]:
+        """Whether a document ends with the token of each number."""
+
+
+class ArrayCorpus:
+    """A corpus in memory, as one window."""
+
+    def __init__(self, tokens: NDArray[np.unsignedinteger], offsets: Int64, name: str = "") -> None:
+        self.name, self.windows, self.tokens, self.documents = name, 1, len(tokens), len(offsets) - 1
+        self._tokens, self._offsets = tokens, np.asarray(offsets)
+
+    def offsets(self, window: int) -> Int64:
+        """Where the documents start, and where the last one ends."""
+        return self._offsets
+
+    def read(self, index: Int64) -> NDArray[Any]:
+        """The tokens of these numbers."""
+        return self._tokens[index].astype(np.int64)
+
+    def is_last(self, index: Int64) -> NDArray[np.bool_]:
+        """Whether a document ends with the token of each number."""
+        ends = self._offsets[np.searchsorted(self._offsets, index, side="right")]
+        return np.asarray(index + 1 == ends)
+
+
 class TokenLoader:
     """Endless seeded batches over a tokenized corpus.
 
@@ -41,28 +86,21 @@ class TokenLoader:
     """
 
     def __init__(
-        self,
-        tokens: NDArray[np.unsignedinteger],
-        offsets: Int64,
-        batch_size: int,
-        context_length: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        self, corpus: Corpus, batch_size: int, context_length: int, seed: int, rank: int = 0, world_size: int = 1
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"batch_size {batch_size} must be a multiple of world_size {world_size}")
-        if len(tokens) == 0:
+        if corpus.tokens == 0:
             raise ValueError("the corpus holds no tokens")
-        self._tokens, self._offsets, self._seed = tokens, np.asarray(offsets), seed
+        self._corpus, self._seed = corpus, seed
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self.read: list[Span] = []
-        self._start_epoch(0, Stream.of(np.empty(0, np.int64), np.empty(0, np.int64)), context_length)
+        self._start_window(0, Stream.of(np.empty(0, np.int64), np.empty(0, np.int64)), context_length)
 
     @property
     def epoch(self) -> int:
         """Number of the epoch that the last row came from, from 0."""
-        return self._epoch
+        return self._window // self._corpus.windows
 
     @property
     def context_length(self) -> int:
@@ -79,15 +117,15 @@ class TokenLoader:
         found, self.read, position = [np.empty((0, self.context_length), np.int64)], [], 0
         for span in self._take(count):
             first, last = max(low - position, 0), min(high - position, span.stop - span.start)
-            if first < last:
-                mine = replace(span, start=span.start + first, stop=span.start + last)
+            if first < last or span.rows == 0:
+                mine = replace(span, start=span.start + first, stop=span.start + last) if span.rows else span
                 self.read.append(mine)
                 found.append(self._index(mine))
             position += span.stop - span.start
         return self._batch(np.concatenate(found))
 
     def set_context_length(self, context_length: int, batch_size: int) -> None:
-        """Go on with rows of another length: what is left of the epoch is cut and shuffled anew."""
+        """Go on with rows of another length: what is left of the window is cut and shuffled anew."""
         if batch_size % self._world_size:
             raise ValueError(f"batch_size {batch_size} must be a multiple of world_size {self._world_size}")
         self._batch_size = batch_size
@@ -98,36 +136,45 @@ class TokenLoader:
         """Where the loader stands, JSON-ready; the same on every rank."""
         lengths = np.diff(self._carry.ends, prepend=0)
         return {
-            "corpus": [len(self._tokens), len(self._offsets) - 1, self._seed],
-            "epoch": self._epoch,
+            "corpus": self._identity,
+            "window": self._window,
             "carry": [self._carry.starts.tolist(), lengths.tolist()],
             "phases": [list(phase) for phase in self._phases],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken. Raises ValueError when it belongs to another corpus or seed."""
-        corpus = [len(self._tokens), len(self._offsets) - 1, self._seed]
-        if state["corpus"] != corpus:
-            raise ValueError(f"loader state of [tokens, documents, seed] {state['corpus']} does not fit {corpus}")
+        if state["corpus"] != self._identity:
+            raise ValueError(f"loader state of {state['corpus']} does not fit {self._identity}")
         starts, lengths = (np.asarray(values, dtype=np.int64) for values in state["carry"])
         (first_length, first_rows), *later = state["phases"]
-        self._start_epoch(state["epoch"], Stream.of(starts, lengths), first_length)
+        self._start_window(state["window"], Stream.of(starts, lengths), first_length)
         self._phases[-1][1] = first_rows
         for context_length, rows in later:
             self._recut(context_length)
             self._phases[-1][1] = rows
 
-    def _start_epoch(self, epoch: int, carry: Stream, context_length: int) -> None:
-        """Shuffle the documents behind what the last epoch left over."""
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._offsets) - 1)
-        self._epoch, self._carry = epoch, carry
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What a state must belong to."""
+        corpus = self._corpus
+        sizes = {"tokens": corpus.tokens, "documents": corpus.documents, "windows": corpus.windows}
+        return {"name": corpus.name, "seed": self._seed, **sizes}
+
+    def _start_window(self, window: int, carry: Stream, context_length: int) -> None:
+        """Shuffle a window's documents behind what the one before left over; windows are counted through epochs."""
+        epoch, place = divmod(window, self._corpus.windows)
+        turns = np.random.default_rng([self._seed, epoch, _WINDOWS]).permutation(self._corpus.windows)
+        offsets = self._corpus.offsets(int(turns[place]))
+        order = np.random.default_rng([self._seed, window]).permutation(len(offsets) - 1)
+        self._window, self._carry = window, carry
         self._phases: list[list[int]] = []
-        self._cut(carry.then(Stream.of(self._offsets[order], np.diff(self._offsets)[order])), context_length)
+        self._cut(carry.then(Stream.of(offsets[order], np.diff(offsets)[order])), context_length)
 
     def _cut(self, stream: Stream, context_length: int) -> None:
         """Cut the stream into rows and shuffle them; a phase is [context length, rows taken]."""
         self._phases.append([context_length, 0])
-        key = [self._seed, self._epoch, len(self._phases)]
+        key = [self._seed, self._window, len(self._phases)]
         self._stream, self._rows = stream, np.random.default_rng(key).permutation(len(stream) // context_length)
 
     def _recut(self, context_length: int) -> None:
@@ -140,16 +187,20 @@ class TokenLoader:
         return self._stream.slices(rows[rows * length < len(self._stream)] * length, length)
 
     def _take(self, count: int) -> Iterator[Span]:
-        """The next `count` rows, across epochs; each part must be looked at before the next."""
+        """The next `count` rows, across windows; each part must be looked at before the next.
+
+        A window too short for a row is noted too, by an empty part.
+        """
         while count:
             length, taken = self._phases[-1]
             rows = self._rows[taken : taken + count]
+            if len(rows) or len(self._rows) == 0:
+                self._phases[-1][1] += len(rows)
+                count -= len(rows)
+                span = Span(self._corpus.name, self._window, len(self._phases), taken, taken, len(self._rows))
+                yield replace(span, stop=taken + len(rows))
             if len(rows) == 0:
-                self._start_epoch(self._epoch + 1, self._remaining(), length)
-                continue
-            self._phases[-1][1] += len(rows)
-            count -= len(rows)
-            yield Span(self._epoch, len(self._phases), taken, taken + len(rows), len(self._rows))
+                self._start_window(self._window + 1, self._remaining(), length)
 
     def _index(self, span: Span) -> Int64:
         """Token indices [rows, L] of rows of the present phase."""
@@ -157,15 +208,14 @@ class TokenLoader:
         return self._stream.locate(self._rows[span.start : span.stop, None] * length + np.arange(length))
 
     def _batch(self, index_BL: Int64) -> Batch:
-        document_BL = np.searchsorted(self._offsets, index_BL, side="right") - 1
-        is_last_BL = index_BL + 1 == self._offsets[document_BL + 1]
-        next_BL = np.minimum(index_BL + 1, len(self._tokens) - 1)
+        is_last_BL = self._corpus.is_last(index_BL)
+        following_BL = self._corpus.read(np.where(is_last_BL, index_BL, index_BL + 1))
         starts_BL = np.ones(index_BL.shape, dtype=bool)
         starts_BL[:, 1:] = is_last_BL[:, :-1] | (np.diff(index_BL) != 1)
         column_L = np.arange(index_BL.shape[1])
         return Batch(
-            tokens_BL=self._tokens[index_BL].astype(np.int64),
-            targets_BL=np.where(is_last_BL, IGNORE, self._tokens[next_BL].astype(np.int64)),
+            tokens_BL=self._corpus.read(index_BL),
+            targets_BL=np.where(is_last_BL, IGNORE, following_BL),
             document_BL=np.cumsum(starts_BL, axis=1) - 1,
             positions_BL=column_L - np.maximum.accumulate(np.where(starts_BL, column_L, 0), axis=1),
         )

@@ -1,12 +1,14 @@
 """Several corpora in given proportions of tokens, in an order that depends on no number of ranks."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
 from k2.data.ledger import Span
 from k2.data.loader import Batch, TokenLoader
+from k2.data.packing import Int64
 
 
 class Mixture:
@@ -14,7 +16,7 @@ class Mixture:
 
     Every row goes to the corpus that is furthest behind its share, so that proportions hold after any number of rows;
     all rows of a step have one length, so that rows are tokens. The state is that of the corpora and how many rows each
-    has given; `read` names the rows of the last batch by corpus.
+    has given; `read` names the rows of the last batch.
 
     Raises:
         ValueError: a weight is not positive, names differ, or the ranks do not divide the batch.
@@ -31,26 +33,28 @@ class Mixture:
         self._corpora, self._weights = dict(sorted(corpora.items())), weights
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self.given = dict.fromkeys(self._corpora, 0)
-        self.read: dict[str, list[Span]] = {}
+        self.read: list[Span] = []
 
     def next_batch(self) -> Batch:
-        """The rank's rows of the next step, those of one corpus together."""
-        part, position, found = self._batch_size // self._world_size, 0, []
+        """The rank's rows of the next step; every rank's are mixed."""
+        part = self._batch_size // self._world_size
         low, high = self._rank * part, (self._rank + 1) * part
-        for name, count in self._counts().items():
-            first, last = max(low - position, 0), min(high - position, count)
-            found.append(self._corpora[name].take(count, first, last))
-            self.read[name] = self._corpora[name].read
-            position += count
-        return _together(found)
+        givers = np.asarray([self._next_giver() for _ in range(self._batch_size)])
+        found, rows, self.read = [], [], []
+        for name, loader in self._corpora.items():
+            places = np.flatnonzero(givers == name)
+            first, last = np.searchsorted(places, (low, high)).tolist()
+            found.append(loader.take(len(places), first, last))
+            rows.append(places[first:last])
+            self.read += loader.read
+        return _in_order(found, np.argsort(np.concatenate(rows)))
 
-    def _counts(self) -> dict[str, int]:
-        """Rows of the next step by corpus."""
-        before, total = dict(self.given), sum(self._weights.values())
-        for row in range(sum(before.values()) + 1, sum(before.values()) + self._batch_size + 1):
-            behind = max(self.given, key=lambda name: (row * self._weights[name] / total - self.given[name], name))
-            self.given[behind] += 1
-        return {name: self.given[name] - before[name] for name in self.given}
+    def _next_giver(self) -> str:
+        """The corpus that the next row comes from."""
+        row, total = sum(self.given.values()) + 1, sum(self._weights.values())
+        name = max(self.given, key=lambda name: (row * self._weights[name] / total - self.given[name], name))
+        self.given[name] += 1
+        return name
 
     def set_context_length(self, context_length: int, batch_size: int) -> None:
         """Go on with rows of another length; proportions count from here."""
@@ -62,7 +66,10 @@ class Mixture:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the mixture stands, JSON-ready; the same on every rank."""
-        return {"given": self.given, "corpora": {name: corpus.state_dict() for name, corpus in self._corpora.items()}}
+        return {
+            "given": dict(self.given),
+            "corpora": {name: corpus.state_dict() for name, corpus in self._corpora.items()},
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state_dict` was taken. Raises ValueError when it belongs to other corpora."""
@@ -73,10 +80,9 @@ class Mixture:
             corpus.load_state_dict(state["corpora"][name])
 
 
-def _together(parts: Sequence[Batch]) -> Batch:
-    return Batch(
-        tokens_BL=np.concatenate([part.tokens_BL for part in parts]),
-        targets_BL=np.concatenate([part.targets_BL for part in parts]),
-        document_BL=np.concatenate([part.document_BL for part in parts]),
-        positions_BL=np.concatenate([part.positions_BL for part in parts]),
-    )
+def _in_order(parts: Sequence[Batch], order: Int64) -> Batch:
+    def rows(name: str) -> Int64:
+        joined: Int64 = np.concatenate([getattr(part, name) for part in parts])
+        return joined[order]
+
+    return Batch(**{field.name: rows(field.name) for field in fields(Batch)})

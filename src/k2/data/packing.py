@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Int64 = NDArray[np.int64]
 
 
-def concatenate(documents: Iterable[list[int]], vocab_size: int) -> tuple[NDArray[np.unsignedinteger], Int64]:
+def concatenate(documents: Iterable[ArrayLike], vocab_size: int) -> tuple[NDArray[np.unsignedinteger], Int64]:
     """Token array (uint16, or uint32 above 65,536 entries) and the n+1 offsets at which documents start and end."""
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     arrays = [np.asarray(document, dtype=dtype) for document in documents]

@@ -1,6 +1,7 @@
 """A corpus to a trained tokenizer and token arrays."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from k2.config.tokenize import TokenizeConfig
 from k2.data.documents import read_rows
 from k2.data.packing import concatenate
+from k2.data.shards import shards_of, write_shards
 from k2.data.tokenizer import Tokenizer
 
 _BATCH = 512
@@ -36,20 +38,31 @@ def _draw(name: str, seed: int) -> float:
 
 def write_tokens(documents: Path, tokenizer: Tokenizer, folder: Path) -> dict[str, int]:
     """Write `tokens.npy` and `offsets.npy`, each document followed by [EOS]; return their sizes."""
-    size = {"documents": 0, "bytes": 0}
-
-    def encoded() -> Iterator[list[int]]:
-        texts = (row["text"] for row in read_rows(documents))
-        while batch := list(islice(texts, _BATCH)):
-            size["documents"] += len(batch)
-            size["bytes"] += sum(len(text.encode()) for text in batch)
-            for ids in tokenizer.encode_batch(batch):
-                yield [*ids, tokenizer.special["[EOS]"]]
-
-    tokens, offsets = concatenate(encoded(), tokenizer.vocab_size)
+    counts: Counter[str] = Counter()
+    encoded = (ids for _, ids in _encoded(documents, tokenizer, counts))
+    tokens, offsets = concatenate(encoded, tokenizer.vocab_size)
     np.save(folder / "tokens.npy", tokens)
     np.save(folder / "offsets.npy", offsets)
-    return {**size, "tokens": len(tokens)}
+    return dict(counts)
+
+
+def write_training_tokens(documents: Path, tokenizer: Tokenizer, folder: Path, shard_tokens: int) -> dict[str, Any]:
+    """Write shards by domain, each document followed by [EOS]; return their sizes, and the tokens of each domain."""
+    counts: Counter[str] = Counter()
+    index = write_shards(_encoded(documents, tokenizer, counts), tokenizer.vocab_size, folder, shard_tokens)
+    domains = {name: sum(shard.tokens for shard in shards) for name, shards in shards_of(index).items()}
+    return {**counts, "shards": len(index["shards"]), "domains": domains}
+
+
+def _encoded(documents: Path, tokenizer: Tokenizer, counts: Counter[str]) -> Iterator[tuple[str, list[int]]]:
+    """Domain and tokens of every document, which are counted on the way."""
+    counts.update(documents=0, bytes=0, tokens=0)
+    rows = read_rows(documents)
+    while batch := list(islice(rows, _BATCH)):
+        texts = [row["text"] for row in batch]
+        for row, ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+            counts.update(documents=1, bytes=len(row["text"].encode()), tokens=len(ids) + 1)
+            yield row["domain"], [*ids, tokenizer.special["[EOS]"]]
 
 
 def token_examples(tokenizer: Tokenizer, documents: Path, count: int = 3) -> list[list[str]]:

@@ -4,13 +4,18 @@ import json
 import math
 import shutil
 from contextlib import nullcontext
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
 
 from k2.config.pretrain import PretrainConfig
-from k2.data.loader import TokenLoader
+from k2.data.ledger import Span
+from k2.data.mixture import Mixture
+from k2.data.prefetch import Prefetch
+from k2.data.shards import INDEX
+from k2.data.streaming import ArtifactFiles, stream
 from k2.distributed.checkpoint import Checkpoints
 from k2.distributed.plan import DistributedPlan
 from k2.distributed.watchdog import Watchdog
@@ -22,7 +27,8 @@ from k2.model.transformer import Transformer
 from k2.processes import rank
 from k2.store.artifacts import Artifact, ArtifactWriter
 from k2.training.instruments import head_statistics
-from k2.training.pretraining import build, join_ranks, pretrain, schedule_of
+from k2.training.loop import ParallelPlan
+from k2.training.pretraining import build, join_ranks, mixture_of, pretrain, schedule_of
 from k2.training.state import TrainState
 
 
@@ -33,8 +39,8 @@ def run(
 
     Under torchrun all ranks call it, and the first one publishes.
 
-    Raises UserError when the corpus or the held-out text is shorter than one row or the ranks cannot train together,
-    StageError when too many updates in a row had to be skipped.
+    Raises UserError when the held-out text is shorter than one row, a domain that `data.mixture` weighs is not there or
+    the ranks cannot train together, StageError when too many updates in a row had to be skipped.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -42,23 +48,23 @@ def run(
     tokens = inputs["tokens"]
     mesh = join_ranks(config, {"code": code_digest(__name__), "tokens": tokens.digest})
     state, plan = build(config, mesh)
-    loader = TokenLoader(
-        np.load(tokens.path("train/tokens.npy"), mmap_mode="r"),
-        np.load(tokens.path("train/offsets.npy")),
-        config.batch_tokens // config.context_length,
-        config.context_length,
-        config.seed,
-        plan.data_rank,
-        plan.layout.data_parallel,
-    )
     heldout = np.load(tokens.path("heldout/tokens.npy"), mmap_mode="r")
     watchdog = nullcontext() if mesh is None else Watchdog(mesh.rank, mesh.world_size, config.parallel.hang_timeout_s)
     work, owner = output.work if rank() == 0 else None, plan if isinstance(plan, DistributedPlan) else None
-    with watchdog, Checkpoints(work, config.checkpoint_interval, owner) as checkpoints:
+    with (
+        watchdog,
+        Checkpoints(work, config.checkpoint_interval, owner) as checkpoints,
+        Prefetch(_mixture(config, tokens, plan), config.data.prefetch_steps) as loader,
+    ):
         pretrain(config, state, plan, loader, heldout, checkpoints, progress)
     if model := plan.gathered(state.model):
         _write(config, state, model, tokens, output)
     return StageResult(output.publish(**_metrics(state)))
+
+
+def _mixture(config: PretrainConfig, tokens: Artifact, plan: ParallelPlan) -> Mixture:
+    files = ArtifactFiles(tokens, "train", config.data.patience_s)
+    return mixture_of(config, stream(json.loads(files.read(INDEX)), files, config.data.cache_mb << 20), plan)
 
 
 def _write(
@@ -95,4 +101,5 @@ def _report(config: PretrainConfig, state: TrainState) -> dict[str, Any]:
         "tau": config.optimizer.tau,
         "spectral_norms": state.notes.get("spectral_norms", []),
         "heldout": state.notes["heldout"],
+        "ledger": {"fields": [field.name for field in fields(Span)], "read_once": state.notes["ledger"]},
     } | head_statistics(state)

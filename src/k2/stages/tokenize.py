@@ -3,7 +3,7 @@
 import json
 
 from k2.config.tokenize import TokenizeConfig
-from k2.data.tokenization import token_examples, train_tokenizer, write_tokens
+from k2.data.tokenization import token_examples, train_tokenizer, write_tokens, write_training_tokens
 from k2.execution.contract import Progress, StageResult
 from k2.store.artifacts import Artifact, ArtifactWriter
 
@@ -11,7 +11,7 @@ from k2.store.artifacts import Artifact, ArtifactWriter
 def run(
     config: TokenizeConfig, inputs: dict[str, Artifact], output: ArtifactWriter, *, progress: Progress
 ) -> StageResult:
-    """Write `tokenizer/`, `train/` and `heldout/` (`tokens.npy`, `offsets.npy`), and `report.json`.
+    """Write `tokenizer/`, `train/` (shards by domain), `heldout/` (`tokens.npy`, `offsets.npy`), and `report.json`.
 
     Inputs `documents` (rephrase) and `heldout` (ingest). The tokenizer never sees held-out text.
     """
@@ -21,7 +21,7 @@ def run(
     tokenizer = train_tokenizer(documents, config)
     tokenizer.save(output.path("tokenizer/tokenizer.json").parent)
     progress.update(1, 3, "steps", step="encoding the documents")
-    train = write_tokens(documents, tokenizer, output.path("train/tokens.npy").parent)
+    train = write_training_tokens(documents, tokenizer, output.path("train/index.json").parent, config.shard_tokens)
     progress.update(2, 3, "steps", step="encoding the held-out documents")
     held = write_tokens(heldout, tokenizer, output.path("heldout/tokens.npy").parent)
     progress.update(3, 3, "steps")

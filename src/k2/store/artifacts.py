@@ -126,15 +126,35 @@ class Artifact:
             CorruptArtifactError: the stored bytes differ from the manifest.
             KeyError: the artifact has no such file.
         """
-        entry = next((e for e in self.manifest.files if e.path == name), None)
-        if entry is None:
-            raise KeyError(f"{self.uri} has no file {name!r}; it has {', '.join(self.files)}")
+        entry = self._entry(name)
         local = cache_directory() / self.digest / name
         if name not in self._verified:
             if not (local.exists() and file_sha256(local) == entry.sha256):
                 self._fetch(entry, local)
             self._verified.add(name)
         return local
+
+    def read(self, name: str) -> bytes:
+        """The verified bytes of one file; no local copy stays.
+
+        Raises:
+            CorruptArtifactError: the stored bytes are missing or differ from the manifest.
+            KeyError: the artifact has no such file.
+        """
+        entry = self._entry(name)
+        data = self.store.get(self._object(entry))
+        found = "nothing" if data is None else hashlib.sha256(data).hexdigest()
+        if data is None or found != entry.sha256:
+            raise self._corrupt(entry, found)
+        return data
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        """Some bytes of one file as they are stored: who reads them must know digests of parts.
+
+        Raises:
+            KeyError: the artifact has no such file.
+        """
+        return self.store.get_range(self._object(self._entry(name)), start, length)
 
     def directory(self) -> Path:
         """A local folder with verified copies of all files."""
@@ -158,6 +178,18 @@ class Artifact:
         data = self.store.get(self._object(entry))
         return None if data is None else hashlib.sha256(data).hexdigest()
 
+    def _entry(self, name: str) -> FileEntry:
+        entry = next((e for e in self.manifest.files if e.path == name), None)
+        if entry is None:
+            raise KeyError(f"{self.uri} has no file {name!r}; it has {', '.join(self.files)}")
+        return entry
+
+    def _corrupt(self, entry: FileEntry, found: str) -> CorruptArtifactError:
+        return CorruptArtifactError(
+            f"{self.uri}/{entry.path} is corrupt: sha256 {found[:12]}…, the manifest says"
+            f" {entry.sha256[:12]}…; run again and it is made anew"
+        )
+
     def _object(self, entry: FileEntry) -> str:
         return f"{self.kind}/{self.key}/{self.manifest.attempt}/{entry.path}"
 
@@ -168,10 +200,7 @@ class Artifact:
             self.store.download(self._object(entry), part)
             found = file_sha256(part)
             if found != entry.sha256:
-                raise CorruptArtifactError(
-                    f"{self.uri}/{entry.path} is corrupt: sha256 {found[:12]}…, the manifest says"
-                    f" {entry.sha256[:12]}…; run again and it is made anew"
-                )
+                raise self._corrupt(entry, found)
             part.replace(local)
         finally:
             part.unlink(missing_ok=True)

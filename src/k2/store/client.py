@@ -193,21 +193,36 @@ class Store:
         found = self.get_tagged(name)
         return None if found is None else found[0]
 
+    def get_range(self, name: str, start: int, length: int) -> bytes:
+        """Some bytes of an object.
+
+        Raises:
+            StageError: there is no such object, or it is shorter.
+        """
+        found = self._get(name, start, length)
+        if found is None or len(found[0]) != length:
+            raise StageError(f"cannot read bytes {start} to {start + length} of {self.url(name)}: they are not there")
+        return found[0]
+
     def get_tagged(self, name: str) -> tuple[bytes, str] | None:
         """The bytes of an object and its ETag, or None when there is none."""
+        return self._get(name)
+
+    def _get(self, name: str, start: int = 0, length: int = 0) -> tuple[bytes, str] | None:
+        """A length of 0 is all."""
         try:
-            response = self._client.get_object(self.bucket, self._key(name))
+            response = self._client.get_object(self.bucket, self._key(name), offset=start, length=length)
+            try:
+                return response.data, response.headers["etag"].strip('"')
+            finally:
+                response.close()
+                response.release_conn()
         except S3Error as error:
-            if error.code in ("NoSuchKey", "NoSuchObject"):
+            if error.code in ("NoSuchKey", "NoSuchObject", "InvalidRange"):
                 return None
             raise self._failed("read", name, error) from None
         except _FAILURES as error:
             raise self._failed("read", name, error) from None
-        try:
-            return response.data, response.headers["etag"].strip('"')
-        finally:
-            response.close()
-            response.release_conn()
 
     def stat(self, name: str) -> ObjectInfo | None:
         """Size and ETag of an object, or None when there is none."""

@@ -15,10 +15,14 @@ from numpy.typing import NDArray
 
 from k2.config.model import ModelConfig
 from k2.config.pretrain import PretrainConfig
-from k2.data.loader import IGNORE, TokenLoader
+from k2.data.ledger import Ledger
+from k2.data.loader import IGNORE, Corpus, TokenLoader
+from k2.data.mixture import Mixture
+from k2.data.prefetch import Loader
+from k2.distributed import peers
 from k2.distributed.mesh import Mesh, join, problem_of
 from k2.distributed.plan import DistributedPlan
-from k2.errors import UserError
+from k2.errors import StageError, UserError
 from k2.execution.contract import Progress
 from k2.model.cost import token_cost
 from k2.model.layout import logical_tensors
@@ -158,11 +162,29 @@ def reconfigure(model: Transformer, config: ModelConfig) -> None:
         attention.config, attention.scale = config, softmax_scale(config)
 
 
-class PackedSource:
-    """Steps of packed rows from the token loader."""
+def mixture_of(config: PretrainConfig, corpora: Mapping[str, Corpus], plan: ParallelPlan) -> Mixture:
+    """This rank's rows of the domains that the configuration weighs.
 
-    def __init__(self, loader: TokenLoader, config: PretrainConfig, layout: Layout) -> None:
+    Raises:
+        UserError: it weighs a domain that the corpus does not have.
+    """
+    weights = config.data.mixture or {name: float(corpus.tokens) for name, corpus in corpora.items()}
+    if unknown := sorted(weights.keys() - corpora.keys()):
+        raise UserError(f"pretrain.data.mixture weighs {unknown[0]!r}; the domains here are {', '.join(corpora)}")
+    loaders = {name: TokenLoader(corpora[name], 0, config.context_length, config.seed) for name in weights}
+    rows = config.batch_tokens // config.context_length
+    return Mixture(loaders, weights, rows, plan.data_rank, plan.layout.data_parallel)
+
+
+class PackedSource:
+    """Steps of packed rows from a loader, and the ledger that proves that all ranks together read each row once.
+
+    Its position is taken by all ranks together.
+    """
+
+    def __init__(self, loader: Loader, config: PretrainConfig, layout: Layout) -> None:
         self._loader, self._config, self._layout = loader, config, layout
+        self._ledger, self._read = Ledger(), Ledger()
 
     def set_context_length(self, length: int) -> None:
         """Go on with rows of this length and the same tokens per step."""
@@ -171,17 +193,32 @@ class PackedSource:
     def next_step(self) -> Sequence[TokenBatch]:
         """The next step's rows in micro-batches."""
         batch = self._loader.next_batch()
+        self._read.add(self._loader.read)
         rows = micro_batch_rows(self._config, batch.tokens_BL.shape[1], self._layout)
         documents = batch.document_BL if self._config.mask_documents else None
         return micro_batches(batch.tokens_BL, batch.targets_BL, rows, documents)
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's position."""
-        return self._loader.state_dict()
+        """The loader's position, and the ledger of all ranks up to here."""
+        return {"loader": self._loader.state_dict(), "ledger": self.ledger().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a position."""
-        self._loader.load_state_dict(state)
+        self._loader.load_state_dict(state["loader"])
+        self._ledger, self._read = Ledger.merged([state["ledger"]]), Ledger()
+
+    def ledger(self) -> Ledger:
+        """What all ranks read since the run began; all must call it. The stages of a pipeline read the same.
+
+        Raises:
+            StageError: rows were read twice or left out.
+        """
+        found, part = peers.from_all(self._read.state_dict()), self._layout.data_parallel
+        if any(found[rank] != found[rank % part] for rank in range(len(found))):
+            raise StageError("data: pipeline stages of one replica read different rows")
+        self._ledger, self._read = Ledger.merged([self._ledger.state_dict(), *found[:part]]), Ledger()
+        self._ledger.check()
+        return self._ledger
 
 
 def heldout_batches(tokens: Tokens, length: int, limit: int, rows: int, plan: ParallelPlan) -> list[TokenBatch]:
@@ -221,7 +258,7 @@ def pretrain(
     config: PretrainConfig,
     state: TrainState,
     plan: ParallelPlan,
-    loader: TokenLoader,
+    loader: Loader,
     heldout: Tokens,
     checkpoints: Saver,
     progress: Progress,
@@ -229,7 +266,7 @@ def pretrain(
     """Run all phases, from the newest checkpoint if there is one.
 
     `notes["heldout"]` of the state lists the held-out losses: before and after each context length, measured
-    with the configuration trained there.
+    with the configuration trained there; `notes["ledger"]` proves in the end that every row was read once.
     """
     schedule, source = schedule_of(config), PackedSource(loader, config, plan.layout)
     checkpoints.restore(state, source)
@@ -250,6 +287,7 @@ def pretrain(
             measure(f"{segment.name}_after", at=segment.until)
         start = segment.until
     state.history.finish()
+    state.notes["ledger"] = source.ledger().state_dict()
 
 
 def _work(config: ModelConfig, context: int) -> dict[str, int]:
