@@ -5,8 +5,9 @@ waits on the host), `fp8` (storage), `narrow` (bfloat16 weights), `buckets` (man
 configured differently), `float32` (20 steps in float32, compared with the choices in `choices.pt`), `replayed` (with
 those choices).
 
-Rank 0 leaves `<layout>.pt` with the whole model and the reports; every rank leaves `<layout>.<rank>.pt` with digests
-of what it holds. A layout that is refused leaves its message in `<layout>.<rank>.txt`.
+Rank 0 leaves `<layout>.pt` with the whole model and the reports, all ranks together what they publish in
+`<layout>.model`; every rank leaves `<layout>.<rank>.pt` with digests of what it holds. A layout that is refused leaves
+its message in `<layout>.<rank>.txt`.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from k2.data.loader import ArrayCorpus, TokenLoader
 from k2.distributed import zero
 from k2.distributed.mesh import Mesh, join
 from k2.distributed.plan import DistributedPlan
+from k2.distributed.publish import write_weights
 from k2.errors import UserError
 from k2.model.layout import logical_tensors
 from k2.model.moe import Router
@@ -41,16 +43,20 @@ CONFIG: ModelConfig = MODEL.model_copy(update={"num_hidden_layers": 4})
 OPTIMIZER = OptimizerConfig(tau=0.5, bias_update_speed=0.01, max_grad_norm=0.05, newton_schulz_bf16=False)
 
 
-def model(dtype: torch.dtype, notes: Sequence[str] = ()) -> Transformer:
+def model(dtype: torch.dtype) -> Transformer:
     """The same everywhere."""
-    found = Transformer(
+    return empty(dtype).initialize(0).to(dtype)
+
+
+def empty(dtype: torch.dtype, notes: Sequence[str] = ()) -> Transformer:
+    """Without its values."""
+    return Transformer(
         CONFIG,
         compute_dtype=dtype,
         recompute=("layers",) if "recompute" in notes else PUBLISHED_RECOMPUTE if "offload" in notes else (),
         fp8_storage="fp8" in notes,
         offload_activations="offload" in notes,
-    ).initialize(0)
-    return found.narrow() if "narrow" in notes else found.to(dtype)
+    )
 
 
 class Choices:
@@ -104,18 +110,21 @@ def alone(dtype: torch.dtype, steps: int, notes: Sequence[str] = ()) -> dict[str
     return {"weights": whole.state_dict(), "reports": reports, "clips": clips, "choices": chosen, "state": size}
 
 
-def together(mesh: Mesh, notes: list[str], choices: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def together(mesh: Mesh, notes: list[str], choices: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the ranks hold in the end, and what this one does."""
     dtype, steps, expected = torch.float32 if "narrow" in notes else torch.float64, 5, None
     if "float32" in notes:
         dtype, steps = torch.float32, 20
         parts = {n: chosen.chunk(mesh.layout.data_parallel, 1) for n, chosen in torch.load(choices).items()}
         expected = {n: list(part[mesh.data_rank].flatten(0, 1)) for n, part in parts.items()}
-    part = model(dtype, notes)
-    plan = DistributedPlan(mesh, part)
+    with torch.device("meta"):
+        part = empty(dtype, notes)
+        part = part.narrow() if "narrow" in notes else part.to(dtype)
+    plan = DistributedPlan(mesh, part, seed=0)
     state = TrainState(part, plan.optimizer(OPTIMIZER))
     with Choices(part, expected, "replayed" in notes) as chosen:
         reports = train(state, steps, plan)
+    write_weights(part.state_dict(), plan.published(part), folder)
     dense = {n: digest(w) for n, w in sorted(part.state_dict().items()) if ".experts." not in n}
     experts = {n: digest(w) for n, w in sorted(part.state_dict().items()) if ".experts." in n}
     own = {
@@ -155,7 +164,7 @@ def main(folder: Path, names: list[str]) -> None:
             (folder / f"{name}.{rank}.txt").write_text(str(error))
             continue
         zero.BUCKET_VALUES = 1999 if "buckets" in notes else 1 << 26
-        whole, own = together(mesh, notes, folder / "choices.pt")
+        whole, own = together(mesh, notes, folder / "choices.pt", folder / f"{name}.model")
         torch.save(own, folder / f"{name}.{rank}.pt")
         if rank == 0:
             torch.save(whole, folder / f"{name}.pt")

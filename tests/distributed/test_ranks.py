@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.program import alone, layout_of
+from k2.model.layout import logical_tensors
+from k2.model.tensor_files import CheckpointTensors
+from tests.distributed.program import CONFIG, alone, layout_of
 from tests.distributed.selection import LATER
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +98,18 @@ def check(folder: Path, name: str, reference: dict[str, Any]) -> None:
             assert ours[key] == pytest.approx(value, rel=1e-9, abs=1e-12), key
 
 
+def check_files(folder: Path, name: str) -> None:
+    """What the ranks wrote together is the model, cut among them."""
+    weights, layout = torch.load(folder / f"{name}.pt")["weights"], layout_of(name)[0]
+    written = CheckpointTensors(folder / f"{name}.model")
+    tensors = logical_tensors(CONFIG)
+    assert set(written) == {tensor.name for tensor in tensors}
+    assert all(torch.equal(written[t.name], t.of(weights[t.parameter]).float()) for t in tensors)
+    sizes = [path.stat().st_size for path in written.files]
+    assert len(sizes) == layout.ranks
+    assert max(sizes) < 0.8 * sum(sizes)
+
+
 def check_ranks(folder: Path, name: str, state: int) -> None:
     """Ranks that hold the same layers hold the same bytes, and optimizer state is divided without overlap."""
     layout, _ = layout_of(name)
@@ -118,6 +132,7 @@ def test_ranks_make_the_steps_of_one(
 ) -> None:
     check(trained(ranks), name, reference)
     check_ranks(trained(ranks), name, reference["state"])
+    check_files(trained(ranks), name)
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [(STORED[0], 1e-9), (STORED[1], 1e-9), (STORED[2], 2**-8)])

@@ -21,6 +21,7 @@ from k2.distributed.slow import SlowRanks
 from k2.distributed.watchdog import HERE, collective, working
 from k2.distributed.zero import Replicas
 from k2.errors import UserError
+from k2.model.initial import draw
 from k2.model.layout import LogicalTensor, logical_tensors
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
@@ -32,10 +33,12 @@ from k2.training.state import BatchT
 class DistributedPlan:
     """One rank's part of a model, its optimizer, and what the ranks exchange in a step.
 
-    The model must be the same on all ranks, complete; here it keeps this rank's layers and experts only.
+    The model is complete, and the same on all ranks; here it keeps this rank's layers and experts only. With a seed it
+    comes without memory, on the meta device, and only this rank's part gets some, with the values of
+    `Transformer.initialize`.
     """
 
-    def __init__(self, mesh: Mesh, model: Transformer) -> None:
+    def __init__(self, mesh: Mesh, model: Transformer, seed: int | None = None) -> None:
         self._mesh, self._model, self.layout = mesh, model, mesh.layout
         self._pipeline: tuple[Any, Pipeline] | None = None
         self._slow = SlowRanks(mesh.layout.data_parallel)
@@ -45,6 +48,9 @@ class DistributedPlan:
         held = model.state_dict().keys()
         mine = [tensor for tensor in self._layout if tensor.parameter in held]
         self._local = local_layout(mine, local_experts(model.config.n_routed_experts, mesh.experts))
+        if seed is not None:
+            model.to_empty(device=torch.get_default_device())
+            draw(model.state_dict(), self._local, seed, model.config.initializer_range)
         self._sharded = {tensor.parameter for tensor in self._local if tensor.shard_axis is not None}
         self._replicas = [self._divide(mesh.stage, False), self._divide(mesh.replicas, True)]
 
@@ -157,16 +163,11 @@ class DistributedPlan:
             dist.broadcast(tensor, group=self._mesh.pipeline, group_src=stage)
             yield name, tensor
 
-    def gathered(self, model: Transformer) -> Transformer | None:
-        """The whole model on the first rank, None on the others; all must call it."""
-        first = self._mesh.rank == 0
-        found = {name: tensor for name, tensor in self.weights() if first}
-        if not first:
-            return None
-        with torch.device("meta"):
-            whole = Transformer(model.config, compute_dtype=model.compute_dtype)
-        whole.load_state_dict(found, assign=True)
-        return whole
+    def published(self, model: Transformer) -> list[LogicalTensor]:
+        """The tensors of this rank's part that it publishes: ranks that hold the same ones take turns."""
+        groups = {True: self._mesh.replicas, False: self._mesh.stage}
+        turns = [(tensor, groups[tensor.parameter in self._sharded]) for tensor in self._local]
+        return [tensor for turn, (tensor, group) in enumerate(turns) if turn % group.size() == group.rank()]
 
     @property
     def _device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """A stage that several processes make together under torchrun: rank 0 leads and publishes, the others follow."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from k2.config.base import Section
@@ -10,7 +10,7 @@ from k2.errors import UserError
 from k2.execution.contract import Progress, StageResult
 from k2.execution.registry import StageSpec
 from k2.processes import world_size
-from k2.store.artifacts import Artifact, ArtifactWriter, open_uri
+from k2.store.artifacts import Artifact, ArtifactWriter, FileEntry, open_uri
 from k2.store.client import Store
 from k2.store.lease import Lease
 from k2.store.work import WorkArea
@@ -39,9 +39,9 @@ def announce(name: str, word: str) -> None:
 
 
 class Follower(ArtifactWriter):
-    """What ranks but the first write to: nothing of it is published, the first one's artifact is theirs."""
+    """What ranks but the first write to: what they upload is in the first one's artifact, which is theirs too."""
 
-    def publish(self, **statistics: Any) -> Artifact:
+    def publish(self, others: Sequence[FileEntry] = (), /, **statistics: Any) -> Artifact:
         """Wait for what rank 0 publishes."""
         from k2.distributed.meeting import hear
 

@@ -158,8 +158,8 @@ def stored_dtype(tensor: LogicalTensor, dtype: torch.dtype) -> torch.dtype:
 
 def part(parameter: Tensor, tensor: LogicalTensor) -> Tensor:
     """The view of a parameter that a logical tensor names."""
-    piece = parameter if tensor.index is None else parameter[tensor.index]
-    return piece if tensor.rows is None else piece[tensor.rows]
+    view: Tensor = tensor.of(parameter)
+    return view
 
 
 def write_config(values: Mapping[str, Any], directory: Path) -> None:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from math import exp, floor, prod, sqrt
 from random import Random
 from statistics import NormalDist
-from typing import Literal
+from typing import Any, Literal
 
 from k2.config.model import ModelConfig
 
@@ -72,6 +72,11 @@ class LogicalTensor:
     def size(self) -> int:
         """Number of values."""
         return prod(self.shape)
+
+    def of(self, parameter: Any) -> Any:
+        """The view of a parameter that this names."""
+        piece = parameter if self.index is None else parameter[self.index]
+        return piece if self.rows is None else piece[self.rows]
 
 
 def logical_tensors(config: ModelConfig) -> list[LogicalTensor]:

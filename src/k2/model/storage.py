@@ -103,12 +103,16 @@ def cut(
             room = shard_bytes
         files[-1].append(tensor)
         room -= size
-    names = [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
-    names = names if len(files) > 1 else ["model.safetensors"]
     return [
         Shard(name, tuple(tensors), tuple(part for t in tensors for part in stored(t, form, group_size)))
-        for name, tensors in zip(names, files, strict=True)
+        for name, tensors in zip(file_names(len(files)), files, strict=True)
     ]
+
+
+def file_names(count: int) -> list[str]:
+    """The names of a checkpoint's files."""
+    names = [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+    return names if count > 1 else ["model.safetensors"]
 
 
 def index(shards: Sequence[Shard]) -> dict[str, Any]:

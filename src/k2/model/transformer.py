@@ -15,7 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from k2.config.model import ModelConfig, Recompute
 from k2.model.activations import Activations, drop_it
+from k2.model.initial import draw
 from k2.model.layers import GatedMLP, Linear, RMSNorm
+from k2.model.layout import logical_tensors
 from k2.model.loss import token_log_probs
 from k2.model.mla import AttentionContext, LatentAttention, attention_context
 from k2.model.moe import Experts, MixtureOfExperts, Routing, WeightTransform, balance_loss
@@ -128,11 +130,8 @@ class Transformer(nn.Module):
             before = layer.keep_less(recompute, fp8_storage, self.offload, before)
 
     def initialize(self, seed: int) -> "Transformer":
-        """Draw every matrix from N(0, initializer_range^2); norms stay one and selection biases zero."""
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in self.parameters():
-            if parameter.ndim > 1:
-                nn.init.normal_(parameter, std=self.config.initializer_range, generator=generator)
+        """Draw this model's weights, or those of the layers it has: `k2.model.initial.draw`."""
+        draw(self.state_dict(), logical_tensors(self.config), seed, self.config.initializer_range)
         return self
 
     def narrow(self) -> "Transformer":

@@ -18,12 +18,12 @@ from k2.data.shards import INDEX
 from k2.data.streaming import ArtifactFiles, stream
 from k2.distributed.checkpoint import Checkpoints
 from k2.distributed.plan import DistributedPlan
+from k2.distributed.publish import publish, write_weights
 from k2.distributed.watchdog import Watchdog
 from k2.execution.contract import Progress, StageResult
 from k2.execution.digest import code_digest
 from k2.model import hf
 from k2.model.backend import use_kernels
-from k2.model.transformer import Transformer
 from k2.processes import rank
 from k2.store.artifacts import Artifact, ArtifactWriter
 from k2.training.instruments import head_statistics
@@ -57,9 +57,10 @@ def run(
         Prefetch(_mixture(config, tokens, plan), config.data.prefetch_steps) as loader,
     ):
         pretrain(config, state, plan, loader, heldout, checkpoints, progress)
-    if model := plan.gathered(state.model):
-        _write(config, state, model, tokens, output)
-    return StageResult(output.publish(**_metrics(state)))
+    write_weights(state.model.state_dict(), plan.published(state.model), output.path("model/index").parent)
+    if rank() == 0:
+        _write(config, state, tokens, output)
+    return StageResult(publish(output, **_metrics(state)))
 
 
 def _mixture(config: PretrainConfig, tokens: Artifact, plan: ParallelPlan) -> Mixture:
@@ -67,10 +68,10 @@ def _mixture(config: PretrainConfig, tokens: Artifact, plan: ParallelPlan) -> Mi
     return mixture_of(config, stream(json.loads(files.read(INDEX)), files, config.data.cache_mb << 20), plan)
 
 
-def _write(
-    config: PretrainConfig, state: TrainState, model: Transformer, tokens: Artifact, output: ArtifactWriter
-) -> None:
-    hf.save(model, model.config, output.path("config.json").parent)
+def _write(config: PretrainConfig, state: TrainState, tokens: Artifact, output: ArtifactWriter) -> None:
+    """What lies beside the weights."""
+    values = hf.to_hf_config(state.model.config) | hf.dtype_fields("fp32")
+    hf.write_config(values, output.path("config.json").parent)
     for name in tokens.files:
         if name.startswith("tokenizer/"):
             shutil.copyfile(tokens.path(name), output.path(name))

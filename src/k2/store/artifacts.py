@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -279,6 +279,7 @@ class ArtifactWriter:
         """`replaces` is the ETag of a manifest whose files were found missing or corrupt."""
         self.store, self.kind, self.key, self.work, self._replaces = store, kind, key, work, replaces
         self._provenance = dict(provenance or {})
+        self.attempt = uuid.uuid4().hex[:12]
         self._scratch = Path(tempfile.mkdtemp(prefix=f"k2-{kind}-", dir=os.environ.get("K2_SCRATCH")))
 
     def path(self, name: str) -> Path:
@@ -287,21 +288,26 @@ class ArtifactWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def publish(self, **statistics: Any) -> Artifact:
+    def upload(self, attempt: str) -> list[FileEntry]:
+        """Upload and verify what was written; nobody sees it before a manifest of that attempt lists it."""
+        names = sorted(str(p.relative_to(self._scratch)) for p in self._scratch.rglob("*") if p.is_file())
+        return [self._upload(name, attempt) for name in names]
+
+    def publish(self, others: Sequence[FileEntry] = (), /, **statistics: Any) -> Artifact:
         """Upload, verify, then commit the manifest; whoever published first wins and is returned.
+
+        `others` are files that other writers uploaded for this one's attempt.
 
         Raises:
             ConflictError: the lease on this key was lost meanwhile.
         """
         self.work.lease.assert_held()
-        attempt = uuid.uuid4().hex[:12]
-        names = sorted(str(p.relative_to(self._scratch)) for p in self._scratch.rglob("*") if p.is_file())
-        entries = [self._upload(name, attempt) for name in names]
+        entries = sorted([*self.upload(self.attempt), *others], key=lambda entry: entry.path)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             kind=self.kind,
             key=self.key,
-            attempt=attempt,
+            attempt=self.attempt,
             files=tuple(entries),
             statistics=finite(statistics),
             provenance=self._provenance,

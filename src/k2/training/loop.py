@@ -15,6 +15,7 @@ from torch import Tensor
 
 from k2.errors import StageError
 from k2.execution.contract import Progress
+from k2.model.layout import LogicalTensor, logical_tensors
 from k2.model.moe import MixtureOfExperts, bias_step
 from k2.model.transformer import DecoderLayer, Statistics, Transformer
 from k2.optim.muonclip import MuonClip
@@ -101,8 +102,8 @@ class ParallelPlan(Protocol):
     def after(self, step: int) -> Aftermath:
         """End step number `step`; the same answer on all ranks."""
 
-    def gathered(self, model: Transformer) -> Transformer | None:
-        """The whole model, of which `model` is this rank's part, on the first rank; None on the others."""
+    def published(self, model: Transformer) -> list[LogicalTensor]:
+        """The tensors of this rank's part that it publishes; together the ranks have every tensor once."""
 
 
 class SingleProcess:
@@ -132,9 +133,9 @@ class SingleProcess:
         """One rank has nobody to wait for."""
         return Aftermath()
 
-    def gathered(self, model: Transformer) -> Transformer:
-        """One rank's part is the model."""
-        return model
+    def published(self, model: Transformer) -> list[LogicalTensor]:
+        """One rank has all tensors."""
+        return logical_tensors(model.config)
 
 
 def one_by_one(model: Transformer, batches: Iterable[BatchT], loss_fn: LossFn[BatchT]) -> Iterator[tuple[int, Loss]]:

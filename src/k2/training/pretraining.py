@@ -4,6 +4,7 @@ Letters in shapes: B batch, L length.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -137,21 +138,23 @@ def _problem(config: PretrainConfig, layouts: Mapping[int, Layout], ranks: int) 
 
 def build(config: PretrainConfig, mesh: Mesh | None = None) -> tuple[TrainState, ParallelPlan]:
     """A freshly initialised model with its optimizer, or a rank's part of both."""
-    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-    model = Transformer(
-        config.model,
-        compute_dtype=dtype,
-        recompute=config.recompute,
-        fp8_storage=config.fp8_storage,
-        offload_activations=config.offload_activations,
-    ).initialize(config.seed)
-    if config.param_dtype == "bfloat16":
-        model.narrow()
     history = History(interval=-(-config.steps // config.curve_points))
+    with nullcontext() if mesh is None else torch.device("meta"):
+        model = Transformer(
+            config.model,
+            compute_dtype=torch.bfloat16 if config.precision == "bfloat16" else torch.float32,
+            recompute=config.recompute,
+            fp8_storage=config.fp8_storage,
+            offload_activations=config.offload_activations,
+        )
+        if config.param_dtype == "bfloat16":
+            model.narrow()
     if mesh is not None:
-        plan = DistributedPlan(mesh, model)
+        plan = DistributedPlan(mesh, model, config.seed)
         return TrainState(model, plan.optimizer(config.optimizer), history), plan
-    optimizer = MuonClip(model.named_parameters(), logical_tensors(config.model), config.optimizer)
+    optimizer = MuonClip(
+        model.initialize(config.seed).named_parameters(), logical_tensors(config.model), config.optimizer
+    )
     return TrainState(model, optimizer, history), SingleProcess()
 
 
