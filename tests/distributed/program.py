@@ -2,8 +2,8 @@
 
 In a layout pp may be AxB for B slices a rank. It may have notes: `recompute`, `offload` (what is not computed again
 waits on the host), `fp8` (storage), `narrow` (bfloat16 weights), `buckets` (many small ones), `differs` (ranks are
-configured differently), `float32` (20 steps in float32, compared with the choices in `choices.pt`), `replayed` (with
-those choices).
+configured differently), `other` (their code is), `float32` (20 steps in float32, compared with the choices in
+`choices.pt`), `replayed` (with those choices).
 
 Rank 0 leaves `<layout>.pt` with the whole model and the reports, all ranks together what they publish in
 `<layout>.model`; every rank leaves `<layout>.<rank>.pt` with digests of what it holds. A layout that is refused leaves
@@ -27,9 +27,9 @@ from k2.distributed import zero
 from k2.distributed.mesh import Mesh, join
 from k2.distributed.plan import DistributedPlan
 from k2.distributed.publish import write_weights
+from k2.distributed.replay import Choices, part_of
 from k2.errors import UserError
 from k2.model.layout import logical_tensors
-from k2.model.moe import Router
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
 from k2.planner.layout import PUBLISHED_RECOMPUTE, Layout
@@ -43,9 +43,14 @@ CONFIG: ModelConfig = MODEL.model_copy(update={"num_hidden_layers": 4})
 OPTIMIZER = OptimizerConfig(tau=0.5, bias_update_speed=0.01, max_grad_norm=0.05, newton_schulz_bf16=False)
 
 
-def model(dtype: torch.dtype) -> Transformer:
+def model(dtype: torch.dtype, notes: Sequence[str] = ()) -> Transformer:
     """The same everywhere."""
-    return empty(dtype).initialize(0).to(dtype)
+    return typed(empty(dtype, notes).initialize(0), dtype, notes)
+
+
+def typed(model: Transformer, dtype: torch.dtype, notes: Sequence[str]) -> Transformer:
+    """With weights of the type that the notes ask for."""
+    return model.narrow() if "narrow" in notes else model.to(dtype)
 
 
 def empty(dtype: torch.dtype, notes: Sequence[str] = ()) -> Transformer:
@@ -57,34 +62,6 @@ def empty(dtype: torch.dtype, notes: Sequence[str] = ()) -> Transformer:
         fp8_storage="fp8" in notes,
         offload_activations="offload" in notes,
     )
-
-
-class Choices:
-    """Notes what the routers of a model choose, and counts the tokens for whom `expected` says otherwise.
-
-    seen, expected: for each layer with experts, the micro-batches' choices in order.
-    """
-
-    def __init__(self, model: Transformer, expected: dict[int, list[torch.Tensor]] | None, impose: bool) -> None:
-        self.seen: dict[int, list[torch.Tensor]] = {int(n): [] for n in model.layers}
-        self.flips = 0
-        self._layers = {layer.mlp.gate: int(n) for n, layer in model.layers.items() if hasattr(layer.mlp, "gate")}
-        self._expected, self._impose, self._choose = expected, impose, Router._choose
-
-    def __enter__(self) -> "Choices":
-        Router._choose = lambda router, scores: self._next(self._layers[router], self._choose(router, scores))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        Router._choose = self._choose
-
-    def _next(self, layer: int, experts_TS: torch.Tensor) -> torch.Tensor:
-        self.seen[layer].append(experts_TS)
-        if self._expected is None:
-            return experts_TS
-        expected_TS = self._expected[layer][len(self.seen[layer]) - 1]
-        self.flips += int((experts_TS.sort().values != expected_TS.sort().values).any(1).sum())
-        return expected_TS if self._impose else experts_TS
 
 
 def train(state: TrainState, steps: int, plan: ParallelPlan) -> list[dict[str, Any]]:
@@ -99,15 +76,14 @@ def train(state: TrainState, steps: int, plan: ParallelPlan) -> list[dict[str, A
 
 
 def alone(dtype: torch.dtype, steps: int, notes: Sequence[str] = ()) -> dict[str, Any]:
-    """The same steps in one process; `choices` of each layer is [steps, micro-batches, tokens, choices]."""
+    """The same steps in one process."""
     whole = model(dtype, notes)
     state = TrainState(whole, MuonClip(whole.named_parameters(), logical_tensors(CONFIG), OPTIMIZER))
-    with Choices(whole, None, False) as choices:
+    with Choices(whole) as choices:
         reports = train(state, steps, SingleProcess())
-    chosen = {n: torch.stack(seen).unflatten(0, (steps, -1)) for n, seen in choices.seen.items() if seen}
     clips = state.optimizer.qk_clip.counts
     size = state_size(state)
-    return {"weights": whole.state_dict(), "reports": reports, "clips": clips, "choices": chosen, "state": size}
+    return {"weights": whole.state_dict(), "reports": reports, "clips": clips, "choices": choices.seen(), "state": size}
 
 
 def together(mesh: Mesh, notes: list[str], choices: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,11 +91,9 @@ def together(mesh: Mesh, notes: list[str], choices: Path, folder: Path) -> tuple
     dtype, steps, expected = torch.float32 if "narrow" in notes else torch.float64, 5, None
     if "float32" in notes:
         dtype, steps = torch.float32, 20
-        parts = {n: chosen.chunk(mesh.layout.data_parallel, 1) for n, chosen in torch.load(choices).items()}
-        expected = {n: list(part[mesh.data_rank].flatten(0, 1)) for n, part in parts.items()}
+        expected = part_of(torch.load(choices), steps, mesh.data_rank, mesh.layout.data_parallel)
     with torch.device("meta"):
-        part = empty(dtype, notes)
-        part = part.narrow() if "narrow" in notes else part.to(dtype)
+        part = typed(empty(dtype, notes), dtype, notes)
     plan = DistributedPlan(mesh, part, seed=0)
     state = TrainState(part, plan.optimizer(OPTIMIZER))
     with Choices(part, expected, "replayed" in notes) as chosen:
@@ -132,7 +106,7 @@ def together(mesh: Mesh, notes: list[str], choices: Path, folder: Path) -> tuple
         "experts": experts,
         "state": state_size(state),
         "flips": chosen.flips,
-        "choices": sum(len(experts_TS) for seen in chosen.seen.values() for experts_TS in seen),
+        "choices": chosen.tokens,
     }
     return {"weights": dict(plan.weights()), "reports": reports, "clips": state.optimizer.qk_clip.counts}, own
 
@@ -157,7 +131,7 @@ def main(folder: Path, names: list[str]) -> None:
     rank = int(os.environ["RANK"])
     for name in names:
         layout, notes = layout_of(name)
-        config = {"config": {"lr": 0.01 + rank if "differs" in notes else 0.01}}
+        config = {"config": {"lr": 0.01 + rank if "differs" in notes else 0.01}, "code": rank * ("other" in notes)}
         try:
             mesh = join(layout, CONFIG, batch_tokens=ROWS * LENGTH, context=LENGTH, identity=config)
         except UserError as error:

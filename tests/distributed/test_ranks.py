@@ -36,6 +36,7 @@ STORED = ["1.2.1.fp8", "2.1.1.fp8", "1.1.2.narrow"]
 SINGLE = {4: ["1.2.2.float32.replayed", "1.2.2.float32"], 8: ["2x2.2.2.float32.replayed", "2x2.2.2.float32"]}
 REFUSED = {
     "1.1.2.differs": "ranks disagree on config.lr: rank 1 has 1.01, rank 0 has 0.01",
+    "1.1.2.other": "ranks disagree on code: rank 1 has 1, rank 0 has 0",
     "1.2.2": "layout: pp=1 x ep=2 x dp=2 are 4 ranks, but 2 were started; the nearest that works is pp=1, ep=2, dp=1",
     "1.3.1": "layout: pp=1 x ep=3 x dp=1 are 3 ranks, but 2 were started; the nearest that works is pp=1, ep=2, dp=1",
     "2x3.1.1": "layout: pp=2 x virtual_stages=3 exceed 4 layers; the nearest that works is pp=2, ep=1, dp=1",

@@ -5,10 +5,13 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +45,8 @@ def command(tokens: Artifact, ranks: int) -> list[str]:
     return [sys.executable, *(torchrun if ranks > 1 else []), *stage]
 
 
-def started(tokens: Artifact, ranks: int) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def started(tokens: Artifact, ranks: int, **variables: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", **variables}
     pipe = subprocess.PIPE
     return subprocess.Popen(command(tokens, ranks), env=environment, stdout=pipe, stderr=pipe, text=True)
 
@@ -53,6 +56,39 @@ def finished(process: subprocess.Popen[str]) -> dict[str, Any]:
     answer, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     return dict(json.loads(answer))
+
+
+class Gate:
+    """A way to the store that can be closed: connections break, and new ones are refused at once."""
+
+    def __init__(self, endpoint: str) -> None:
+        host, _, port = endpoint.removeprefix("http://").partition(":")
+        self._target, self.open = (host, int(port)), True
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+
+    def __enter__(self) -> "Gate":
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._server.accept()
+                if not self.open:
+                    client.close()
+                    continue
+                other = socket.create_connection(self._target)
+                for pair in ((client, other), (other, client)):
+                    threading.Thread(target=self._copy, args=pair, daemon=True).start()
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError), source, target:
+            while self.open and (data := source.recv(65536)):
+                target.sendall(data)
 
 
 def wait_for_checkpoint(store: Store, key: str, process: subprocess.Popen[str]) -> None:
@@ -95,6 +131,21 @@ def test_two_ranks_have_the_losses_of_one_even_if_one_is_killed(
         os.kill(random.choice(ranks_of(process)), signal.SIGKILL)
         again = finished(process)
     assert open_uri(store, again["artifact"]).digest == together.digest
+
+
+@LATER[0]
+@LATER[1]
+def test_a_store_that_is_away_for_a_while_costs_nothing(store: Store, tokens: Artifact, together: Artifact) -> None:
+    with Gate(store.settings.endpoint) as gate, started(tokens, 2, K2_S3_ENDPOINT=gate.endpoint) as process:
+        wait_for_checkpoint(store, together.key, process)
+        gate.open = False
+        time.sleep(5.0)
+        gate.open = True
+        answer, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "training data waits up to 900 s for the store" in said or "a checkpoint was not saved" in said
+    assert "Restart" not in said
+    assert open_uri(store, json.loads(answer)["artifact"]).digest == together.digest
 
 
 @LATER[0]

@@ -32,7 +32,7 @@ class Flight:
 
     def land(self) -> Tensor:
         """The rows, once all are there."""
-        with collective("tokens to and from their experts"):
+        with collective("tokens to and from their experts", [self._leaving, self.rows]):
             self._work.wait()
         return self.rows
 
@@ -142,7 +142,7 @@ class ExpertParallel:
         counts = [count for group in blocks.groups for count in group.counts]
         sent_PE = torch.tensor(counts, device=x_TD.device).view(self._group.size(), -1)
         received_PE = torch.empty_like(sent_PE)
-        with collective("numbers of tokens"):
+        with collective("numbers of tokens", [sent_PE]):
             dist.all_to_all_single(received_PE, sent_PE, group=self._group)
         sizes = sent_PE.sum(1).tolist(), received_PE.sum(1).tolist()
         tokens = Journey(Exchange(self._group, blocks.tokens_N, blocks.slots_TS, *sizes))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from k2.config.optimizer import OptimizerConfig
+from k2.distributed import peers
 from k2.distributed.expert import divide_experts, local_experts
 from k2.distributed.mesh import Mesh
 from k2.distributed.ownership import local_layout, owners, shard_layout
@@ -41,6 +42,7 @@ class DistributedPlan:
     def __init__(self, mesh: Mesh, model: Transformer, seed: int | None = None) -> None:
         self._mesh, self._model, self.layout = mesh, model, mesh.layout
         self._pipeline: tuple[Any, Pipeline] | None = None
+        self._finite = True
         self._slow = SlowRanks(mesh.layout.data_parallel)
         self._layout = logical_tensors(model.config)
         keep_layers(model, mesh)
@@ -105,13 +107,13 @@ class DistributedPlan:
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Sum each tensor over all ranks, in place."""
-        with collective("sums"):
+        with collective("sums", tensors):
             for tensor in tensors:
                 dist.all_reduce(tensor, group=self._mesh.everyone)
 
     def max_(self, tensor: Tensor) -> None:
         """Maximum over all ranks, in place."""
-        with collective("maxima"):
+        with collective("maxima", [tensor]):
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._mesh.everyone)
 
     def reduce_gradients(self) -> None:
@@ -119,13 +121,23 @@ class DistributedPlan:
 
         An expert's gradient already has the tokens of all ranks that exchange tokens; its replicas add theirs.
         """
-        with collective("gradients to their owners"):
+        dense = [weight.grad for weight in self._dense() if weight.grad is not None]
+        self._finite = bool(torch.stack(torch._foreach_norm(dense)).isfinite().all()) if dense else True
+        with collective("gradients to their owners", [p for each in self._replicas for p in each.own.values()]):
             for replicas in self._replicas:
                 replicas.reduce()
 
+    def _dense(self) -> list[nn.Parameter]:
+        """Weights whose gradients come from this rank's own rows; an expert's come from others' as well."""
+        return [weight for name, weight in self._model.named_parameters() if name not in self._sharded]
+
+    def not_finite(self) -> list[int]:
+        """The ranks whose own rows gave gradients that are no numbers; all must call it."""
+        return [rank for rank, finite in enumerate(peers.from_all(self._finite)) if not finite]
+
     def share_weights(self) -> None:
         """Bring every owner's weights to all ranks that hold them."""
-        with collective("weights from their owners"):
+        with collective("weights from their owners", [p for each in self._replicas for p in each.own.values()]):
             for replicas in self._replicas:
                 replicas.gather()
 

@@ -13,11 +13,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, Self
+
+from torch import Tensor
 
 from k2.distributed.meeting import connect
 
@@ -27,18 +29,24 @@ LOOKS = 4
 """Signs of life of a rank that are waited for before it is called dead."""
 RECENT = 12
 """Collectives that the dump shows of the rank that writes it."""
+SHAPES = 3
+"""Tensors of a collective whose shapes are shown."""
 
 
 @dataclass
 class Activity:
     """What this process does: the collective it waits in, or computing after one.
 
-    step: the last one finished. since: when it last went on (monotonic seconds). working_s, waited_s: time spent
-    computing and in collectives. told_to_end: SIGTERM came.
+    step: the last one finished. number: of the collective that all ranks make in the same order; those within another,
+    and of tokens to experts, have that of the last. tensors: what it exchanges. since: when it last went on (monotonic
+    seconds). working_s, waited_s: time spent computing and in collectives. told_to_end: SIGTERM came.
     """
 
     step: int = 0
+    number: int = 0
     collective: str | None = None
+    tensors: str = ""
+    inside: bool = False
     last: str = "start"
     since: float = field(default_factory=time.monotonic)
     working_s: float = 0.0
@@ -49,7 +57,8 @@ class Activity:
     def as_json(self) -> str:
         """For the other ranks; `idle_s` is by this rank's clock."""
         idle = round(time.monotonic() - self.since, 3)
-        return json.dumps({"step": self.step, "in": self.collective, "after": self.last, "idle_s": idle})
+        place = {"step": self.step, "number": self.number, "in": self.collective, "tensors": self.tensors}
+        return json.dumps({**place, "after": self.last, "idle_s": idle})
 
 
 HERE = Activity()
@@ -57,27 +66,37 @@ HERE = Activity()
 
 
 @contextmanager
-def collective(name: str) -> Iterator[None]:
-    """Wait for other ranks, under a name that a dump can show."""
-    outer, started = HERE.collective, time.monotonic()
-    HERE.collective, HERE.since = name, started
+def collective(name: str, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Wait for other ranks, under a name that a dump can show, with the shapes of what is exchanged."""
+    outer, inside, started = (HERE.collective, HERE.tensors), HERE.inside, time.monotonic()
+    HERE.number += not inside
+    HERE.collective, HERE.tensors, HERE.inside, HERE.since = name, _shapes(tensors), True, started
     try:
         yield
     finally:
-        HERE.collective, HERE.last, HERE.since = outer, name, time.monotonic()
+        HERE.since = time.monotonic()
         HERE.waited_s += HERE.since - started
-        HERE.recent.append(f"step {HERE.step}: {name}, {1e3 * (HERE.since - started):.1f} ms")
+        took = f"{1e3 * (HERE.since - started):.1f} ms"
+        HERE.recent.append(f"step {HERE.step}, number {HERE.number}: {name}{HERE.tensors}, {took}")
+        (HERE.collective, HERE.tensors), HERE.inside, HERE.last = outer, inside, name
+
+
+def _shapes(tensors: Iterable[Tensor]) -> str:
+    """Such as ` of float32[4, 8], int64[2]`; of many tensors the first."""
+    found = [f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for tensor in tensors]
+    more = f" and {len(found) - SHAPES} more" if len(found) > SHAPES else ""
+    return f" of {', '.join(found[:SHAPES])}{more}" if found else ""
 
 
 @contextmanager
 def working() -> Iterator[None]:
     """Compute; collectives within do not count."""
-    outer, started, waited = HERE.collective, time.monotonic(), HERE.waited_s
-    HERE.collective, HERE.since = None, started
+    outer, inside, started, waited = HERE.collective, HERE.inside, time.monotonic(), HERE.waited_s
+    HERE.collective, HERE.inside, HERE.since = None, True, started
     try:
         yield
     finally:
-        HERE.collective, HERE.since = outer, time.monotonic()
+        HERE.collective, HERE.inside, HERE.since = outer, inside, time.monotonic()
         HERE.working_s += HERE.since - started - (HERE.waited_s - waited)
 
 
@@ -134,7 +153,9 @@ class Watchdog:
     def _give_up(self) -> None:
         """Show where this rank is, and end; later than the verdict, for which it must give signs of life."""
         faulthandler.dump_traceback(sys.stderr)
-        _say("\n".join([f"rank {self._rank}, its last collectives:", *(f"  {line}" for line in HERE.recent)]))
+        now = f"in {HERE.collective!r}, number {HERE.number}{HERE.tensors}" if HERE.collective else "in no collective"
+        lines = [f"rank {self._rank}, {now}; its last collectives:", *(f"  {line}" for line in HERE.recent)]
+        _say("\n".join(lines))
         os._exit(HUNG)
 
     def _states(self) -> States:
@@ -157,17 +178,26 @@ def verdict(before: States, after: States, ranks: int) -> list[str]:
     """Who keeps the others waiting, and what every rank does: lines for people, the first names the culprits.
 
     In this order: ranks without a sign of life between both looks, ranks that are in no collective, ranks that are
-    in an earlier step than others; else nobody.
+    in an earlier step or an earlier collective than others; else nobody.
     """
     silent = [rank for rank in range(ranks) if rank not in after or before.get(rank, (-1,))[0] == after[rank][0]]
     outside = [rank for rank, (_, state) in sorted(after.items()) if state["in"] is None]
-    newest = max((state["step"] for _, state in after.values()), default=0)
-    behind = [rank for rank, (_, state) in sorted(after.items()) if state["step"] < newest]
-    reasons = {"no sign of life": silent, "in no collective": outside, "an earlier step": behind}
+    reasons = {
+        "no sign of life": silent,
+        "in no collective": outside,
+        "an earlier step": _behind(after, "step"),
+        "an earlier collective": _behind(after, "number"),
+    }
     reason, guilty = next(((why, found) for why, found in reasons.items() if found), ("nobody stands out", []))
     names = ", ".join(f"rank {rank}" for rank in guilty) or "all ranks wait"
     lines = [f"hung: {names} ({reason})"]
     for rank, (_, state) in sorted(after.items()):
         where = f"waits in {state['in']!r}" if state["in"] else f"after {state['after']!r}"
-        lines.append(f"  rank {rank}: step {state['step']}, {where} for {state['idle_s']:.1f} s")
+        what = f"number {state['number']}{state['tensors']}"
+        lines.append(f"  rank {rank}: step {state['step']}, {where}, {what}, for {state['idle_s']:.1f} s")
     return lines + [f"  rank {rank}: never gave a sign" for rank in silent if rank not in after]
+
+
+def _behind(states: States, what: str) -> list[int]:
+    newest = max((state[what] for _, state in states.values()), default=0)
+    return [rank for rank, (_, state) in sorted(states.items()) if state[what] < newest]

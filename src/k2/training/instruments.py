@@ -4,7 +4,7 @@ Letters in shapes: N layers, M layers with experts, H heads, E experts.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,14 +59,17 @@ def spike_in(state: TrainState, loss: float) -> str | None:
     return f"loss {loss:.4f} is more than {margin} above its running mean {state.mean_loss:.4f}"
 
 
-def reason_to_skip(config: OptimizerConfig, loss: float, grad_norm: float, spike: str | None) -> str | None:
-    """Why the update must not be made, or None.
+def reason_to_skip(
+    config: OptimizerConfig, loss: float, grad_norm: float, spike: str | None, guilty: Sequence[int] = ()
+) -> str | None:
+    """Why the update must not be made, or None; `guilty` are the ranks whose gradients are not finite.
 
     Raises:
         StageError: the loss is a spike, and the policy is to stop.
     """
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        return f"loss {loss}, gradient norm {grad_norm}"
+        ranks = f", from rank {' and rank '.join(map(str, guilty))}" if guilty else ""
+        return f"loss {loss}, gradient norm {grad_norm}{ranks}"
     if spike is not None and config.spike_policy == "stop":
         raise StageError(f"{spike}, and optimizer.spike_policy is stop")
     return spike if config.spike_policy in ("skip", "rollback") else None

@@ -8,6 +8,7 @@ Letters in shapes: M layers with experts, E experts.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import NoReturn, Protocol
 
 import torch
@@ -96,6 +97,9 @@ class ParallelPlan(Protocol):
     def reduce_gradients(self) -> None:
         """Give what this rank's optimizer updates the sum of all ranks' gradients."""
 
+    def not_finite(self) -> list[int]:
+        """The ranks whose own rows gave gradients that are no numbers; of one rank that is no news."""
+
     def share_update(self, optimizer: MuonClip) -> None:
         """Bring every rank's update to the ranks that compute with those weights, and make its RMS that of all."""
 
@@ -125,6 +129,10 @@ class SingleProcess:
 
     def reduce_gradients(self) -> None:
         """One rank's gradients are the gradients."""
+
+    def not_finite(self) -> list[int]:
+        """There is only one to blame."""
+        return []
 
     def share_update(self, optimizer: MuonClip) -> None:
         """The weights are already where they are used."""
@@ -192,7 +200,8 @@ def train_step(
     rate = lr(state.tokens + sums.tokens)
     maxima = optimizer.qk_clip.maxima.amax(1).tolist()
     spike = spike_in(state, loss)
-    skipped = reason_to_skip(optimizer.config, loss, grad_norm, spike)
+    guilty = [] if isfinite(grad_norm) else plan.not_finite()
+    skipped = reason_to_skip(optimizer.config, loss, grad_norm, spike, guilty)
     if skipped is None:
         _update(state, sums, loss, rate, plan)
     clip = ClipReport.nothing(optimizer.qk_clip.maxima) if skipped else optimizer.clip_report
