@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from k2.data.deduplicate import normalize_and_cluster
 from k2.data.documents import read_rows, write_rows
 from k2.data.heldout import HeldoutGuard
 from k2.data.ingestion import Ingestion
+from k2.data.shards import shards_of
 from k2.data.snapshot import Snapshot, collect, labelled_examples, write_shards
 from k2.data.tokenizer import Tokenizer
 from k2.errors import UserError
@@ -148,14 +150,24 @@ def test_tokenize_keeps_every_document(stage_harness: Harness, make_artifact, in
     folder = result.artifact.directory()
     tokenizer = Tokenizer.load(folder / "tokenizer")
     assert result.metrics["vocab_size"] == tokenizer.vocab_size == 1024
-    for split, documents in (("train", ingested.training), ("heldout", ingested.heldout)):
-        tokens, offsets = np.load(folder / split / "tokens.npy"), np.load(folder / split / "offsets.npy")
-        assert tokens.dtype == np.uint16
-        assert result.metrics[f"{split}_tokens"] == len(tokens)
-        for row, start, end in zip(documents, offsets[:-1], offsets[1:], strict=True):
-            assert tokenizer.decode(tokens[start:end].tolist()) == row["text"] + "[EOS]"
+    check_tokens(tokenizer, folder / "heldout/tokens.npy", folder / "heldout/offsets.npy", ingested.heldout)
+    domains = shards_of(result.artifact.json("train/index.json"))
+    assert {row["domain"] for row in ingested.training} == set(domains)
+    for domain, (shard,) in domains.items():
+        documents = [row for row in ingested.training if row["domain"] == domain]
+        check_tokens(
+            tokenizer, folder / f"train/{shard.name}.npy", folder / f"train/{shard.name}.offsets.npy", documents
+        )
+    assert result.metrics["train_tokens"] == sum(shard.tokens for (shard,) in domains.values())
     assert all(len(tokenizer.encode(name)) == 1 for name in ("system", "user", "assistant", "tool", "functions"))
     assert len(tokenizer.encode('{"query":"')) <= 4
+
+
+def check_tokens(tokenizer: Tokenizer, tokens: Path, offsets: Path, documents: list[dict[str, Any]]) -> None:
+    array = np.load(tokens)
+    assert array.dtype == np.uint16
+    for row, (start, end) in zip(documents, pairwise(np.load(offsets)), strict=True):
+        assert tokenizer.decode(array[start:end].tolist()) == row["text"] + "[EOS]"
 
 
 @pytest.mark.parametrize("suffix", ["missing", "*.nothing", "notes/figure.bin", "notes/latin.txt"])

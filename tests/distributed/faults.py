@@ -26,7 +26,7 @@ from k2.training.loop import Loss, train
 from k2.training.state import TrainState
 from tests.training.small import MODEL, corpus
 
-STEPS, WHEN, TIMEOUT_S = 12, 3, 2.0
+STEPS, WHEN, TIMEOUT_S = 12, 3, 4.0
 
 
 class Rows:

@@ -74,7 +74,7 @@ def test_fp8_storage_changes_the_weights_gradients_by_its_rounding_only(recomput
     for name, gradient in exact.items():
         error = float((stored[name] - gradient).norm() / gradient.norm())
         # E4M3 rounds by at most 1/16 of a value; the terms of a router's gradient cancel, which leaves more of it.
-        assert error < (0.1 if ".gate." in name else 0.05), name
+        assert error < (0.1 if ".gate." in name else 1 / 16), name
         if name in ("lm_head.weight", "norm.weight", "layers.2.mlp.experts.down_proj"):
             assert (error < 1e-6) == (name != "layers.2.mlp.experts.down_proj"), name
 

@@ -80,7 +80,7 @@ def test_bfloat16_gives_the_logits_of_the_training_pass(shape: str, rows: int) -
     trained = model.logits(model(tokens)[0][:, -1]).float()
     logits = last_logits(model, tokens)
     typical = (trained - reference).abs().median()  # a token near a routing tie may go to another expert
-    assert (logits - reference).abs().median() < 2 * typical
+    assert (logits - reference).abs().median() < max(0.03, 2 * typical)
 
 
 @torch.inference_mode()

@@ -62,7 +62,7 @@ def run(
     store: Store, key: str, noise: set[int], end: int | None = None, interval: int = 3, **changes: Any
 ) -> tuple[TrainState, Events]:
     model = Transformer(MODEL).initialize(0)
-    config = OptimizerConfig(spike_margin=0.4, **{"spike_policy": "rollback"} | changes)
+    config = OptimizerConfig(spike_margin=0.2, **{"spike_policy": "rollback"} | changes)
     state = TrainState(model, MuonClip(model.named_parameters(), logical_tensors(MODEL), config))
     source, events = Batches(noise), Events(end)
     with work_area(store, key) as work, Checkpoints(work, interval) as checkpoints:

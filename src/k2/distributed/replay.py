@@ -43,7 +43,7 @@ class Choices:
         def choose(router: Router, scores_TE: Tensor) -> Tensor:
             return self._next(self._layers[router], self._choose(router, scores_TE))
 
-        Router._choose = choose  # type: ignore[method-assign]
+        Router._choose = choose  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(self, *_: object) -> None:
