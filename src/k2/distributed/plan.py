@@ -51,7 +51,7 @@ class DistributedPlan:
         mine = [tensor for tensor in self._layout if tensor.parameter in held]
         self._local = local_layout(mine, local_experts(model.config.n_routed_experts, mesh.experts))
         if seed is not None:
-            model.to_empty(device=torch.get_default_device())
+            _give_memory(model)
             draw(model.state_dict(), self._local, seed, model.config.initializer_range)
         self._sharded = {tensor.parameter for tensor in self._local if tensor.shard_axis is not None}
         self._replicas = [self._divide(mesh.stage, False), self._divide(mesh.replicas, True)]
@@ -189,3 +189,11 @@ class DistributedPlan:
         parts = mine.new_empty(self._mesh.experts.size() * len(mine), *mine.shape[1:])
         dist.all_gather_single(parts, mine.contiguous(), group=self._mesh.experts)
         return parts
+
+
+def _give_memory(model: Transformer) -> None:
+    """To parameters that have none yet, in the precision that they and their gradients were given."""
+    types = {name: parameter.grad_dtype for name, parameter in model.named_parameters()}
+    model.to_empty(device=torch.get_default_device())
+    for name, parameter in model.named_parameters():
+        parameter.grad_dtype = types[name]
