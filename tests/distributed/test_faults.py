@@ -38,7 +38,7 @@ def test_the_rank_that_hangs_is_named_with_its_step_and_the_run_ends(fault: str,
     assert code != 0
     assert f"hung: rank 1 ({reason})" in said
     assert re.search(rf"rank 0: step {faults.WHEN - 1}, waits in 'sums', number \d+ of float64\[5\], int64\[", said)
-    assert re.search(r"rank 0, in 'sums', number \d+ of .*; its last collectives:\n  step \d, number \d+: ", said)
+    assert re.search(r"rank \d, in .*; its last collectives:\n  step \d, number \d+: ", said)
     assert not report
 
 
