@@ -73,14 +73,14 @@ def test_greedy_generation_in_float64_is_the_argmax_of_transformers(shape: str) 
 @pytest.mark.parametrize("rows", [1, 2, 3, 20, 120])  # every form of products and of experts
 def test_bfloat16_gives_the_logits_of_the_training_pass(shape: str, rows: int) -> None:
     model = build(SHAPES[shape]).float()
-    tokens = torch.randint(90, (rows, 6), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(90, (rows, 6), generator=torch.Generator().manual_seed(3))
     model.compute_dtype = torch.float32
     reference = model.logits(model(tokens)[0][:, -1])
     model.compute_dtype = torch.bfloat16
     trained = model.logits(model(tokens)[0][:, -1]).float()
     logits = last_logits(model, tokens)
     typical = (trained - reference).abs().median()  # a token near a routing tie may go to another expert
-    assert (logits - reference).abs().median() < max(0.03, 2 * typical)
+    assert (logits - reference).abs().median() < 2 * typical
 
 
 @torch.inference_mode()
