@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 from _table import Row, row, run
+from optim import product_floor
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,15 +76,27 @@ def interleave(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
     return times
 
 
+@dataclass(frozen=True)
+class Times:
+    """CPU seconds, round by round, of both sides of a claim and of the work that neither can do without."""
+
+    claim: str
+    peer: str
+    ours: list[float]
+    theirs: list[float]
+    bound: list[float]
+
+    def rows(self, target: float, share: float | None = None) -> Iterator[Row]:
+        """The ratio, the ratio that the bound alone would have, and our share of the bound."""
+        alone = "its matrix products + fastest attention + cross-entropy, alone"
+        yield row(self.claim, self.peer, quotients(self.theirs, self.ours), target)
+        yield row(f"limit of {self.claim}: {alone}", self.peer, quotients(self.theirs, self.bound), None)
+        yield row(f"share of the bound, {self.claim}", alone, quotients(self.bound, self.ours), share)
+
+
 def quotients(over: list[float], under: list[float]) -> list[float]:
     """Round by round."""
     return [a / b for a, b in zip(over, under, strict=True)]
-
-
-def against_fastest(claim: str, times: dict[str, list[float]], target: float) -> Row:
-    """Peer time over our time for the fastest of all sides but "ours"."""
-    fastest = min(times.keys() - {"ours"}, key=lambda name: median(times[name]))
-    return row(claim, fastest, quotients(times[fastest], times["ours"]), target)
 
 
 def peer_model(config: ModelConfig) -> Any:
@@ -189,24 +202,28 @@ def cross_entropy(case: Case) -> Step:
     return lambda: torch.autograd.grad(F.cross_entropy(logits.float(), targets), logits)
 
 
-def training(name: str, rounds: int, target: float, note: str = "", **changes: Any) -> Iterator[Row]:
-    """Forward and backward of one batch against the peer; what the peer's share would be of the bound; our share."""
-    case = load_case(name, **changes)
-    model = own_model(case.config)
-    parts, kernels = {"products": matrix_products(case, model), "loss": cross_entropy(case)}, attentions(case)
-    peers = peer_steps(case, peer_model(case.config))
-    times = interleave({"ours": own_step(case, model)} | peers | parts | kernels, rounds)
+def compare(claim: str, case: Case, ours: Step, peers: dict[str, Step], more: dict[str, Step], rounds: int) -> Times:
+    """Rounds of all sides, of the faster peer as "peer" and of what bounds them: `more`, and the forward and backward
+    pass's own products, its fastest attention and cross-entropy."""
+    parts = {"products": matrix_products(case, own_model(case.config)), "loss": cross_entropy(case)} | more
+    kernels = attentions(case)
+    times = interleave({"ours": ours} | peers | parts | kernels, rounds)
     peer, attention = (min(sides, key=lambda side: median(times[side])) for sides in (peers, kernels))
-    bound = [sum(parts) for parts in zip(times["products"], times[attention], times["loss"], strict=True)]
-    alone = f"its own matrix products + {attention} + cross-entropy, alone"
-    claim = f"forward+backward, {name} shape{note}"
-    yield row(claim, peer, quotients(times[peer], times["ours"]), target)
-    yield row(f"limit of {claim}: {alone}", peer, quotients(times[peer], bound), None)
-    yield row(f"share of the bound, {name} shape{note}", alone, quotients(bound, times["ours"]), 0.85)
+    bound = [sum(values) for values in zip(times[attention], *(times[part] for part in parts), strict=True)]
+    return Times(claim, peer, times["ours"], times[peer], bound)
 
 
-def whole_step(rounds: int) -> Row:
-    """Forward, backward and optimizer."""
+def training(
+    name: str, rounds: int, target: float, note: str = "", share: float | None = None, **changes: Any
+) -> Iterator[Row]:
+    """Forward and backward of one batch; `share` is the target for our share of the bound."""
+    case = load_case(name, **changes)
+    ours, peers = own_step(case, own_model(case.config)), peer_steps(case, peer_model(case.config))
+    yield from compare(f"forward+backward, {name} shape{note}", case, ours, peers, {}, rounds).rows(target, share)
+
+
+def whole_step(rounds: int) -> Iterator[Row]:
+    """Forward, backward and optimizer; the optimizer's bound are its products."""
     case = load_case("reference")
     config, rows = case.config, len(case.inputs_BL)
     model, peer = own_model(config), peer_model(config)
@@ -218,9 +235,12 @@ def whole_step(rounds: int) -> Row:
     def with_update(step: Step) -> Step:
         return lambda: (step(), update())
 
-    steps: dict[str, Step] = {"ours": lambda: train_step(state, batches, NextTokenLoss(), lambda _: LR)}
-    steps |= {f"{name} + torch.optim.Muon": with_update(step) for name, step in peer_steps(case, peer).items()}
-    return against_fastest("whole step with optimizer, reference shape", interleave(steps, rounds), 2.0)
+    def ours() -> object:
+        return train_step(state, batches, NextTokenLoss(), lambda _: LR)
+
+    peers = {f"{name} + torch.optim.Muon": with_update(step) for name, step in peer_steps(case, peer).items()}
+    more = {"update": product_floor(config)}
+    yield from compare("whole step with optimizer, reference shape", case, ours, peers, more, rounds).rows(2.0)
 
 
 def peer_optimizer(peer: Any) -> Step:
@@ -301,10 +321,10 @@ def cleared(step: Step, model: nn.Module) -> Step:
 
 def rows(rounds: int) -> Iterator[Row]:
     """Every claim about the training path, measured."""
-    yield from training("reference", rounds, 1.8)
+    yield from training("reference", rounds, 1.8, share=0.85)
     yield from training("tiny", rounds, 1.8)
     yield from training("reference", rounds, 2.5, ", 64 experts top 8", n_routed_experts=64, num_experts_per_tok=8)
-    yield whole_step(rounds)
+    yield from whole_step(rounds)
     yield growth(rounds)
     yield memory()
 
