@@ -23,7 +23,7 @@ STAGES = (*LOCKS, "README.md", "LICENSE", "src", "components", "pipelines", "ima
 CONTEXT = {"cpu": STAGES, "gpu": STAGES, "store": ("requirements.lock",)}
 """Kind of image -> what goes in."""
 PACKAGES = "ca-certificates,git,python3"
-BUILD_PACKAGES = "binutils,ca-certificates,python3,python3-pip,python3-venv"
+BUILD_PACKAGES = "binutils,ca-certificates,gcc,libc6-dev,python3,python3-pip,python3-venv"
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 SHARED = ("bash-completion", "doc", "gitweb", "info", "lintian", "locale", "man")
 LEFT_OUT = tuple(f"/usr/share/{name}/*" for name in SHARED)
