@@ -37,8 +37,10 @@ def torchx(*arguments: str, **environment: str) -> str:
     return run.stdout + run.stderr
 
 
-def test_a_stage_of_two_processes_runs_here(store: Store, make_artifact: Callable[..., Artifact]) -> None:
-    tokens = tokenized(make_artifact, 40_000, 5_000)
+def test_a_stage_of_two_processes_runs_here(
+    store: Store, make_artifact: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    tokens = tokenized(make_artifact, tmp_path, 40_000, 5_000)
     # torchx refuses an option that comes twice, unless it is one word with its value.
     settings = [f"--set={setting}" for setting in FEW]
     stage = ["pretrain", "--preset", "nano", "--input", f"tokens={tokens.uri}", *settings]
