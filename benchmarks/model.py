@@ -24,8 +24,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from k2.config.base import Kernels
 from k2.config.model import ModelConfig
 from k2.config.optimizer import OptimizerConfig
+from k2.model.backend import use_kernels
 from k2.model.hf import to_hf_config
 from k2.model.layout import logical_tensors
 from k2.model.mla import attend, attention_context
@@ -291,6 +293,21 @@ def growth(rounds: int) -> Row:
     return row(claim, "16 experts", quotients(times["384"], times["16"]), 1.6, "lower")
 
 
+def in_c(name: str, rounds: int) -> Row:
+    """The C kernels against torch's operators in the same model."""
+    case = load_case(name)
+    step = own_step(case, own_model(case.config))
+
+    def with_kernels(choice: Kernels) -> None:
+        use_kernels(choice)
+        step()
+
+    times = interleave({"auto": partial(with_kernels, "auto"), "torch": partial(with_kernels, "torch")}, rounds)
+    use_kernels("auto")
+    claim = f"forward+backward, {name} shape, C between the products"
+    return row(claim, "torch's operators", quotients(times["torch"], times["auto"]), None)
+
+
 def peak_bytes(step: Step) -> int:
     """Highest sum of live allocations during the second call above what was live before, by torch's allocator."""
     step()
@@ -329,6 +346,7 @@ def rows(rounds: int) -> Iterator[Row]:
     yield from training("reference", rounds, 2.5, ", 64 experts top 8", n_routed_experts=64, num_experts_per_tok=8)
     yield from whole_step(rounds)
     yield growth(rounds)
+    yield from (in_c(name, rounds) for name in ("reference", "tiny"))
     yield memory()
 
 

@@ -21,6 +21,7 @@ from k2.model.backend import runs_in_c
 from k2.model.layout import LogicalTensor
 from k2.optim.chunks import Piece, equal_shapes, total
 from k2.optim.newton_schulz import Workspace
+from k2.optim.norms import stable_norm
 from k2.optim.partition import Block, partition
 from k2.optim.qk_clip import ClipReport, QKClip, spectral_norms
 from k2.optim.schemes import SCHEMES
@@ -208,11 +209,10 @@ def _average(gradient: Tensor, average: Tensor, out_NRC: Tensor, beta: float, ne
 
 
 def _update(weight: Tensor, change_NRC: Tensor, decay: float, rate: float) -> Tensor:
-    """Apply decay and update; the sum of squares of every matrix of the change."""
+    """Apply decay and update; the sum of squares of the change, [1]."""
     wide_NRC = change_NRC.to(weight.dtype)
     weight.mul_(decay).add_(wide_NRC, alpha=rate)
-    norms: Tensor = torch.linalg.vector_norm(wide_NRC.flatten(1), dim=-1)
-    return norms.square_()
+    return stable_norm(wide_NRC).square()[None]
 
 
 def _gradient(parameter: nn.Parameter, weight: Tensor) -> Tensor:
