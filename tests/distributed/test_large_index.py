@@ -20,7 +20,7 @@ KINDS = {"muon": ("weight", "momentum"), "adamw": ("weight", "exp_avg", "exp_avg
 
 
 def of_stage(layout: Layout, stage: int) -> list[LogicalTensor]:
-    layers = set(layers_of_rank(K2.num_hidden_layers, layout, stage))
+    layers = set(layers_of_rank(K2, layout, stage))
     outside = {"embed_tokens": 0}
     last = layout.pp - 1
     return [

@@ -4,7 +4,7 @@ import json
 import time
 from dataclasses import replace
 from importlib.resources import files
-from itertools import pairwise
+from itertools import pairwise, product
 from math import isclose
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from k2.cli import main
@@ -21,7 +21,7 @@ from k2.config.cluster import Cluster, _leaves
 from k2.config.deployment import Deployment
 from k2.config.load import load_config
 from k2.model.layout import flops_per_token, parameter_counts
-from k2.planner.layout import ACTIVATION_SWITCHES, Layout, default_layout, describe, layers_of_chunks
+from k2.planner.layout import ACTIVATION_SWITCHES, Layout, default_layout, describe, layers_of_chunks, layers_of_rank
 from k2.planner.memory import chunk_bytes, in_flight, stage_memory, stage_sizes
 from k2.planner.plan import checkpointing, long_context, make_plan, problem, search, sync_seconds, what_if
 from k2.planner.report import TIMELINE, helm_values, plan_page, timeline
@@ -49,13 +49,45 @@ def test_the_published_number_of_steps() -> None:
     assert round(main_phases / K2.batch_tokens, -3) == 231_000
 
 
-@given(layers=st.integers(1, 80), chunks=st.integers(1, 80))
-def test_chunks_are_even_and_lighter_at_the_ends(layers: int, chunks: int) -> None:
-    parts = layers_of_chunks(layers, chunks)
+@given(layers=st.integers(1, 9), pp=st.integers(1, 4), virtual=st.integers(1, 3), vocab=st.sampled_from([256, 60_000]))
+@settings(max_examples=40)
+def test_no_division_of_layers_is_better(layers: int, pp: int, virtual: int, vocab: int) -> None:
+    """With the embedding as one layer, and the head as what its weights are of a layer's."""
+    assume(pp * virtual <= layers)
+    model = load_config("tiny").pretrain.model.model_copy(update={"num_hidden_layers": layers, "vocab_size": vocab})
+    parts = layers_of_chunks(model, pp, virtual)
     assert [layer for part in parts for layer in part] == list(range(layers))
-    sizes = [len(part) for part in parts]
-    assert max(sizes) - min(sizes) <= 1
-    assert max(sizes[0], sizes[-1]) == min(sizes) or chunks <= 2 or layers % chunks in (0, chunks - 1)
+    counts, outside = parameter_counts(model), vocab * model.hidden_size
+    ends = [1.0] + [0.0] * (pp - 1)
+    ends[-1] += outside * layers / (counts.active - 2 * outside)
+    ways = (way for way in product(range(virtual, layers + 1), repeat=pp) if sum(way) == layers)
+    best = min(max(map(sum, zip(way, ends, strict=True))) for way in ways)
+    loads = [sum(len(part) for part in parts[rank::pp]) + end for rank, end in enumerate(ends)]
+    assert isclose(max(loads), best)
+    for rank in range(pp):
+        sizes = [len(part) for part in parts[rank::pp]]
+        assert max(sizes) - min(sizes) <= 1
+    assert min(len(part) for part in parts) >= 1
+    assert pp == 1 or (len(parts[0]) <= len(parts[-pp]) and len(parts[-1]) <= len(parts[pp - 1]))
+
+
+@pytest.mark.parametrize(
+    ("preset", "layout", "bound"),
+    [
+        ("k2-1t", Layout(pp=16), 1.06),
+        ("k2-1t", Layout(pp=16, virtual_stages=2), 1.06),
+        ("k2-1t", Layout(pp=8), 1.04),
+        ("k2-1t", Layout(pp=13), 1.04),
+        ("small", Layout(pp=4), 1.09),
+        ("small", Layout(pp=2, virtual_stages=2), 1.06),
+    ],
+)
+def test_pipeline_ranks_have_equal_work_and_fewer_layers_at_the_ends(preset: str, layout: Layout, bound: float) -> None:
+    config = load_config(preset).pretrain
+    work = [stage_flops(config.model, layout, stage, config.context_length) for stage in range(layout.pp)]
+    assert max(work) <= bound * sum(work) / layout.pp
+    first, *middle, last = [len(layers_of_rank(config.model, layout, stage)) for stage in range(layout.pp)]
+    assert all(last < first < count for count in middle)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "moonlight-16b", "k2-1t"])

@@ -91,7 +91,7 @@ def keep_layers(model: Transformer, mesh: Mesh) -> None:
 def layers_of_mine(config: ModelConfig, mesh: Mesh) -> list[range]:
     """The layers of each of this rank's slices."""
     layout = mesh.layout
-    chunks = layers_of_chunks(config.num_hidden_layers, layout.pp * layout.virtual_stages)
+    chunks = layers_of_chunks(config, layout.pp, layout.virtual_stages)
     return list(chunks[mesh.pipeline.rank() :: layout.pp])
 
 

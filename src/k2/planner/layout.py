@@ -13,6 +13,7 @@ from typing import Any, get_args
 from k2.config.model import ModelConfig, Recompute
 from k2.config.pretrain import PretrainConfig
 from k2.errors import UserError
+from k2.model.layout import parameter_counts
 
 PUBLISHED_RECOMPUTE: tuple[Recompute, ...] = ("norms", "mla_up_projections", "attention_probabilities")
 """Kimi K2's list (report, section 2.4) less what the engine never keeps, and what flash attention never does."""
@@ -27,6 +28,8 @@ ACTIVATION_SWITCHES: tuple[dict[str, Any], ...] = (
 )
 OPTIMIZER_SWITCHES: tuple[dict[str, Any], ...] = ({"offload_optimizer": False}, {"offload_optimizer": True})
 """What the search tries, cheapest first."""
+EMBEDDING = 1.0
+"""In layers: a look-up is no work, but the embedding takes a layer's memory (Kimi K2's, 16 expert-parallel ranks)."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +100,43 @@ def default_layout(config: PretrainConfig) -> Layout:
     )
 
 
-@lru_cache
-def layers_of_chunks(layers: int, chunks: int) -> tuple[range, ...]:
-    """Consecutive layers of every chunk; chunks at the ends, which have embedding and head, get fewer."""
-    base, extra = divmod(layers, chunks)
-    middle = set(sorted(range(chunks), key=lambda chunk: (abs(2 * chunk - chunks + 1), chunk))[:extra])
-    ends = list(accumulate(base + (chunk in middle) for chunk in range(chunks)))
+@lru_cache(maxsize=1024)
+def layers_of_chunks(model: ModelConfig, pp: int, virtual_stages: int) -> tuple[range, ...]:
+    """Consecutive layers of every chunk, one at least; pipeline rank r has the chunks r, r + pp, ...
+
+    Every layer goes to the rank that has least, where the head counts as what it is in layers: 2.2 of Kimi K2's.
+    Attention over the context is left out of that, so that all phases have the same division.
+    """
+    loads = [float(virtual_stages)] * pp
+    loads[0] += EMBEDDING
+    loads[-1] += _head(model)
+    layers = [virtual_stages] * pp
+    for _ in range(model.num_hidden_layers - pp * virtual_stages):
+        idlest = min(range(pp), key=lambda rank: (loads[rank], abs(2 * rank - pp + 1), rank))
+        loads[idlest] += 1.0
+        layers[idlest] += 1
+    shares = [_shares(count, virtual_stages, rank == 0) for rank, count in enumerate(layers)]
+    ends = list(accumulate(share for turn in zip(*shares, strict=True) for share in turn))
     return tuple(range(start, end) for start, end in zip([0, *ends], ends, strict=False))
 
 
-def layers_of_rank(layers: int, layout: Layout, stage: int) -> list[int]:
+@lru_cache(maxsize=8)
+def _head(model: ModelConfig) -> float:
+    """In layers: how many have as many weights that a token meets."""
+    outside = model.vocab_size * model.hidden_size
+    return outside * model.num_hidden_layers / (parameter_counts(model).active - 2 * outside)
+
+
+def _shares(layers: int, chunks: int, first: bool) -> list[int]:
+    """A rank's layers in its chunks; the first of all chunks, and the last, get no more than the rank's others."""
+    base, extra = divmod(layers, chunks)
+    shares = [base + (chunk < extra) for chunk in range(chunks)]
+    return shares[::-1] if first else shares
+
+
+def layers_of_rank(model: ModelConfig, layout: Layout, stage: int) -> list[int]:
     """Layers on one pipeline rank, over all its virtual stages."""
-    chunks = layers_of_chunks(layers, layout.pp * layout.virtual_stages)
+    chunks = layers_of_chunks(model, layout.pp, layout.virtual_stages)
     return [layer for chunk in chunks[stage :: layout.pp] for layer in chunk]
 
 

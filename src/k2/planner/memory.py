@@ -96,7 +96,7 @@ def layer_sizes(model: ModelConfig) -> dict[str | int, Sizes]:
 def stage_sizes(model: ModelConfig, layout: Layout, stage: int) -> Sizes:
     """What one pipeline rank holds, before experts are divided."""
     sizes = layer_sizes(model)
-    total = sum((sizes[layer] for layer in layers_of_rank(model.num_hidden_layers, layout, stage)), Sizes())
+    total = sum((sizes[layer] for layer in layers_of_rank(model, layout, stage)), Sizes())
     if stage == 0:
         total += sizes["embedding"]
     return total + sizes["head"] if stage == layout.pp - 1 else total
@@ -138,7 +138,7 @@ def stage_memory(config: PretrainConfig, layout: Layout, stage: int, device: str
 def chunk_bytes(config: PretrainConfig, layout: Layout, stage: int) -> list[Kept]:
     """Activations that one micro-batch leaves in each virtual stage of a pipeline rank."""
     model = config.model
-    chunks = layers_of_chunks(model.num_hidden_layers, layout.pp * layout.virtual_stages)[stage :: layout.pp]
+    chunks = layers_of_chunks(model, layout.pp, layout.virtual_stages)[stage :: layout.pp]
     dense, mixture = layer_kept(config, layout, True), layer_kept(config, layout, False)
     first = [min(max(model.first_k_dense_replace - chunk.start, 0), len(chunk)) for chunk in chunks]
     return [count * dense + (len(chunk) - count) * mixture for chunk, count in zip(chunks, first, strict=True)]
@@ -215,7 +215,7 @@ def _matrices(model: ModelConfig, dense: bool) -> Counter[tuple[int, int]]:
 
 def _workspace(config: PretrainConfig, layout: Layout, stage: int, device: str) -> float:
     """What Newton-Schulz works in (`k2.optim.newton_schulz`): as many matrices of a shape as it takes at once."""
-    layers = layers_of_rank(config.model.num_hidden_layers, layout, stage)
+    layers = layers_of_rank(config.model, layout, stage)
     dense = sum(layer < config.model.first_k_dense_replace for layer in layers)
     shapes: Counter[tuple[int, int]] = Counter()
     for copies, kind in ((dense, True), (len(layers) - dense, False)):

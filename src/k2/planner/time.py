@@ -91,7 +91,7 @@ def step_time(config: PretrainConfig, layout: Layout, cluster: Cluster) -> StepT
 def stage_flops(model: ModelConfig, layout: Layout, stage: int, context: int) -> float:
     """Forward operations of one token on one pipeline rank."""
     head = _head_flops(model)
-    layers = layers_of_rank(model.num_hidden_layers, layout, stage)
+    layers = layers_of_rank(model, layout, stage)
     total = sum(_layer_flops(model, layer, context) for layer in layers)
     return total + head if stage == layout.pp - 1 else total
 
@@ -111,7 +111,7 @@ def _layer_flops(model: ModelConfig, layer: int, context: int) -> float:
 
 def _recomputed_flops(model: ModelConfig, layout: Layout, stage: int, context: int) -> float:
     """Forward operations that the backward pass of one token repeats; a GPU's attention repeats its own in any case."""
-    layers = layers_of_rank(model.num_hidden_layers, layout, stage)
+    layers = layers_of_rank(model, layout, stage)
     return sum(_layer_again(model, layout.recompute, layer, context) for layer in layers)
 
 
@@ -151,9 +151,7 @@ def newton_schulz_seconds(model: ModelConfig, layout: Layout, cluster: Cluster) 
     """Whole matrices divided over the ranks that hold them; the busiest has its mean or the largest one."""
     flops, costs = 0.0, _newton_schulz_flops(model)
     for stage in range(layout.pp):
-        routed, rest, largest = zip(
-            *(costs[n] for n in layers_of_rank(model.num_hidden_layers, layout, stage)), strict=True
-        )
+        routed, rest, largest = zip(*(costs[n] for n in layers_of_rank(model, layout, stage)), strict=True)
         dense = max(sum(rest) / layout.data_parallel, max(largest))
         flops = max(flops, sum(routed) / layout.ep / layout.dp + dense)
     return flops / (cluster.gpu.bf16_tflops * TERA * cluster.gpu.newton_schulz_efficiency)
@@ -184,7 +182,7 @@ def _all_to_all(model: ModelConfig, layout: Layout, cluster: Cluster, micro_batc
     if layout.ep == 1:
         return Traffic(0.0, 0.0, 0.0)
     layers = max(
-        sum(layer >= model.first_k_dense_replace for layer in layers_of_rank(model.num_hidden_layers, layout, stage))
+        sum(layer >= model.first_k_dense_replace for layer in layers_of_rank(model, layout, stage))
         for stage in range(layout.pp)
     )
     once = BF16 * layout.micro_batch_tokens * model.num_experts_per_tok * model.hidden_size
