@@ -1,14 +1,15 @@
 """What the data loader costs: its share of a training step, both measured in turn in one run.
 
-The loader does what a rank does: range reads of token shards from an S3 server, digests, a mixture of domains, packing
-and the ledger. Reading all blocks of the corpus is measured once and counted for as many steps as the corpus has. The
-step is our own forward and backward in bfloat16 without the optimizer, so the share is overstated; time is this
-process's CPU time, all threads.
+The loader does what a rank does: range reads of token shards from an S3 server, digests, a mixture of domains, packing,
+positions to resume from, all in a thread beside the steps, then the ledger and micro-batches. Reading all blocks of the
+corpus is measured once and counted for as many steps as the corpus has. The step is our own forward and backward in
+bfloat16 without the optimizer, so the share is overstated; time is this process's CPU time, all threads.
 """
 
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,9 +21,11 @@ import yaml
 from _table import Row, row, run
 
 from k2.config.model import ModelConfig
+from k2.config.pretrain import DataConfig
 from k2.data.ledger import Ledger
 from k2.data.loader import IGNORE, TokenLoader
 from k2.data.mixture import Mixture
+from k2.data.prefetch import Prefetch
 from k2.data.shards import INDEX, write_shards
 from k2.data.streaming import ArtifactFiles, ShardedCorpus, stream
 from k2.model.transformer import Transformer
@@ -31,11 +34,16 @@ from k2.store.client import Store
 from k2.store.embedded import embedded_server
 from k2.store.lease import Lease
 from k2.store.work import WorkArea
+from k2.training.batches import TokenBatch, micro_batches
 
 SHAPES = Path(__file__).with_name("shapes.yaml")
 DOMAINS = ("code", "knowledge", "math", "web")
 CORPUS_TOKENS, DOCUMENT_TOKENS = 4_000_000, 400
 """The second is a mean; documents are of uneven length."""
+APART = 64
+"""Tokens between those that are asked for to have every block read."""
+STEPS = 10
+"""Of a round: batches are made ahead a few at a time."""
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -68,28 +76,45 @@ def measure(name: str, shape: dict[str, Any], rounds: int, store: Store) -> Row:
     """The share of one shape; its spread is that of the rounds."""
     config = ModelConfig(**shape["model"])
     model = Transformer(config, compute_dtype=torch.bfloat16).initialize(0)
-    step_tokens = shape["batch"] * shape["length"]
     corpora, ledger = corpora_of(tokenized(store, config.vocab_size, name)), Ledger()
-    reading = cpu_seconds(lambda: [each.read(np.arange(each.tokens)) for each in corpora.values()])
-    reading *= step_tokens / sum(each.tokens for each in corpora.values())
+    reading = cpu_seconds(lambda: [each.read(np.arange(0, each.tokens, APART)) for each in corpora.values()])
+    reading *= shape["batch"] * shape["length"] / sum(each.tokens for each in corpora.values())
     loaders = {domain: TokenLoader(corpus, 0, shape["length"], 0) for domain, corpus in corpora.items()}
-    loader = Mixture(loaders, dict.fromkeys(corpora, 1.0), shape["batch"])
-    batch = loader.next_batch()
-    tokens, targets = torch.from_numpy(batch.tokens_BL), torch.from_numpy(batch.targets_BL)
-    documents, counted = torch.from_numpy(batch.document_BL), targets != IGNORE
+    mixture = Mixture(loaders, dict.fromkeys(corpora, 1.0), shape["batch"])
 
-    def step() -> None:
-        model.zero_grad()
-        hidden, _ = model(tokens, documents_BL=documents)
-        torch.autograd.backward(model.loss(hidden, targets.clamp(min=0), counted))
-
-    def load() -> None:
-        loader.next_batch()
+    def load() -> TokenBatch:
+        batch = loader.next_batch()
         ledger.add(loader.read)
+        return micro_batches(batch.tokens_BL, batch.targets_BL, shape["batch"], batch.document_BL)[0]
 
-    step()
-    shares = [(reading + cpu_seconds(load)) / cpu_seconds(step) for _ in range(rounds)]
+    def step(rows: TokenBatch) -> None:
+        model.zero_grad()
+        hidden, _ = model(rows.tokens_BL, documents_BL=rows.documents_BL)
+        torch.autograd.backward(model.loss(hidden, rows.targets_BL.clamp(min=0), rows.targets_BL != IGNORE))
+
+    with Prefetch(mixture, DataConfig().prefetch_steps) as loader:
+        step(load())
+        shares = [share(load, step, reading) for _ in range(rounds)]
     return row(f"data loader from an S3 server, {name} shape", "training step without optimizer", shares, 0.02, "lower")
+
+
+def share(load: Callable[[], TokenBatch], step: Callable[[TokenBatch], None], reading: float) -> float:
+    """CPU time of the thread that makes batches ahead and of taking them, over that of everything else."""
+    ahead = next(thread for thread in threading.enumerate() if thread.name.startswith("prefetch"))
+    clock = time.pthread_getcpuclockid(ahead.ident or 0)
+    made, taking = time.clock_gettime(clock), 0.0
+
+    def steps() -> None:
+        nonlocal taking
+        for _ in range(STEPS):
+            start = time.thread_time()
+            rows = load()
+            taking += time.thread_time() - start
+            step(rows)
+
+    everything = cpu_seconds(steps)
+    loading = taking + time.clock_gettime(clock) - made
+    return (loading + STEPS * reading) / (everything - loading)
 
 
 def rows(rounds: int) -> Iterator[Row]:

@@ -76,7 +76,7 @@ def test_no_document_is_seen_twice_or_skipped_when_ranks_change_and_are_killed(
     alone, state, ledger = mixture(shards, weights, 0, 1), None, Ledger()
     seen: Counter[int] = Counter()
     for number, (ranks, steps) in enumerate(runs):
-        loaders = [Prefetch(mixture(shards, weights, rank, ranks), ahead=2) for rank in range(ranks)]
+        loaders = [Prefetch(mixture(shards, weights, rank, ranks), ahead=5) for rank in range(ranks)]
         for loader in loaders:
             if state is not None:
                 loader.load_state_dict(state)

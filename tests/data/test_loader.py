@@ -34,20 +34,19 @@ def test_every_epoch_feeds_each_token_once(lengths, batch_size, context_length, 
 
 
 @given(documents_lengths, st.integers(1, 17), st.integers(0, 3))
-def test_targets_positions_and_documents_follow_from_the_tokens(lengths, context_length, seed):
+def test_targets_and_documents_follow_from_the_tokens(lengths, context_length, seed):
     tokens, offsets = corpus(lengths)
     ends = set((offsets[1:] - 1).tolist())
     loader = TokenLoader(ArrayCorpus(tokens, offsets), 2, context_length, seed)
     for _ in range(4):
         batch = loader.next_batch()
-        for row, targets, document, positions in zip(*(getattr(batch, n) for n in vars(batch)), strict=True):
-            expected_document, expected_position = 0, 0
+        for row, targets, document in zip(batch.tokens_BL, batch.targets_BL, batch.document_BL, strict=True):
+            expected_document = 0
             for i, token in enumerate(row.tolist()):
                 if i and (row[i - 1] in ends or token != row[i - 1] + 1):
-                    expected_document, expected_position = expected_document + 1, 0
-                assert (document[i], positions[i]) == (expected_document, expected_position)
+                    expected_document += 1
+                assert document[i] == expected_document
                 assert targets[i] == (IGNORE if token in ends else token + 1)
-                expected_position += 1
 
 
 @given(documents_lengths, st.integers(1, 4), st.integers(0, 12), st.integers(0, 12), st.data())

@@ -16,7 +16,7 @@ class DataConfig(Section):
     mixture: dict[str, float] = setting(
         {}, "domain -> weight in tokens; empty takes all domains in proportion to the tokens they have"
     )
-    prefetch_steps: int = setting(2, "steps whose rows are made ahead", semantic=False, ge=0)
+    prefetch_steps: int = setting(8, "steps whose rows are made ahead", semantic=False, ge=0)
     cache_mb: int = setting(8192, "MiB of tokens a rank keeps in memory", semantic=False, ge=1)
     patience_s: float = setting(900.0, "how long a rank waits for a store that is away", semantic=False, ge=0)
 

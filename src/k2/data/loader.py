@@ -25,14 +25,12 @@ _WINDOWS = 1 << 31
 class Batch:
     """One rank's rows. Targets are the next token of the same document, IGNORE after its last one.
 
-    `document_BL` numbers the documents of a row from 0 (attention may be masked to equal numbers), and
-    `positions_BL` counts from 0 in each.
+    `document_BL` numbers the documents of a row from 0; attention may be masked to equal numbers.
     """
 
     tokens_BL: Int64
     targets_BL: Int64
     document_BL: Int64
-    positions_BL: Int64
 
 
 class Corpus(Protocol):
@@ -197,8 +195,9 @@ class TokenLoader:
             if len(rows) or len(self._rows) == 0:
                 self._phases[-1][1] += len(rows)
                 count -= len(rows)
-                span = Span(self._corpus.name, self._window, len(self._phases), taken, taken, len(self._rows))
-                yield replace(span, stop=taken + len(rows))
+                yield Span(
+                    self._corpus.name, self._window, len(self._phases), taken, taken + len(rows), len(self._rows)
+                )
             if len(rows) == 0:
                 self._start_window(self._window + 1, self._remaining(), length)
 
@@ -208,14 +207,17 @@ class TokenLoader:
         return self._stream.locate(self._rows[span.start : span.stop, None] * length + np.arange(length))
 
     def _batch(self, index_BL: Int64) -> Batch:
+        """Every token is read once: the one behind it is its neighbour's in the row, but where a slice ends."""
         is_last_BL = self._corpus.is_last(index_BL)
-        following_BL = self._corpus.read(np.where(is_last_BL, index_BL, index_BL + 1))
-        starts_BL = np.ones(index_BL.shape, dtype=bool)
-        starts_BL[:, 1:] = is_last_BL[:, :-1] | (np.diff(index_BL) != 1)
-        column_L = np.arange(index_BL.shape[1])
-        return Batch(
-            tokens_BL=self._corpus.read(index_BL),
-            targets_BL=np.where(is_last_BL, IGNORE, following_BL),
-            document_BL=np.cumsum(starts_BL, axis=1) - 1,
-            positions_BL=column_L - np.maximum.accumulate(np.where(starts_BL, column_L, 0), axis=1),
-        )
+        cut_BL = np.ones(index_BL.shape, dtype=bool)
+        cut_BL[:, :-1] = index_BL[:, 1:] != index_BL[:, :-1] + 1
+        elsewhere_BL = cut_BL & ~is_last_BL
+        behind = index_BL[elsewhere_BL] + 1
+        tokens = self._corpus.read(np.concatenate([index_BL.ravel(), behind]))
+        tokens_BL = tokens[: index_BL.size].reshape(index_BL.shape)
+        targets_BL = np.roll(tokens_BL, -1, axis=1)
+        targets_BL[elsewhere_BL] = tokens[index_BL.size :]
+        targets_BL[is_last_BL] = IGNORE
+        starts_BL = np.zeros(index_BL.shape, dtype=np.int64)
+        starts_BL[:, 1:] = (cut_BL | is_last_BL)[:, :-1]
+        return Batch(tokens_BL, targets_BL, document_BL=starts_BL.cumsum(axis=1))

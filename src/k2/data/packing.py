@@ -6,6 +6,7 @@ middle of a document, and one that crosses a boundary numbers its documents, so 
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,14 +39,19 @@ class Stream:
         kept = lengths > 0
         return cls(starts[kept], np.cumsum(lengths[kept]))
 
+    @cached_property
+    def _shift(self) -> Int64:
+        """What is added to a position in the stream, in each slice, to get the index in the token array."""
+        shift: Int64 = self.starts - np.concatenate([[0], self.ends[:-1]])
+        return shift
+
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def locate(self, positions: Int64) -> Int64:
         """Index in the token array of each stream position, any shape."""
-        segment = np.searchsorted(self.ends, positions, side="right")
-        lengths = np.diff(self.ends, prepend=0)
-        return self.starts[segment] + positions - (self.ends[segment] - lengths[segment])
+        located: Int64 = positions + self._shift[np.searchsorted(self.ends, positions, side="right")]
+        return located
 
     def slices(self, begins: Int64, length: int) -> "Stream":
         """The stream of the pieces [begin, begin + length), in the given order, cut off at the end."""

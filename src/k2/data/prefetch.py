@@ -1,4 +1,7 @@
-"""Batches made ahead: a thread reads and packs the next steps' rows while the model computes."""
+"""Batches made ahead: a thread reads and packs the next steps' rows while the model computes.
+
+Several are made in a row, because the first one after a step costs twice as much: the model has emptied the caches.
+"""
 
 from collections import deque
 from collections.abc import Sequence
@@ -33,7 +36,10 @@ _Made = tuple[Batch, Sequence[Span], dict[str, Any]]
 
 
 class Prefetch:
-    """A loader whose next `ahead` batches are made in a thread; its position is that of the last batch taken."""
+    """A loader whose next `ahead` batches are made in a thread, as soon as half of them are gone.
+
+    Its position is that of the last batch taken.
+    """
 
     def __init__(self, loader: Loader, ahead: int) -> None:
         self._loader, self._count = loader, ahead
@@ -50,8 +56,9 @@ class Prefetch:
 
     def next_batch(self) -> Batch:
         """The rank's rows of the next step."""
-        while len(self._ahead) <= self._count:
-            self._ahead.append(self._thread.submit(self._make))
+        if len(self._ahead) <= (self._count + 1) // 2:
+            missing = self._count + 1 - len(self._ahead)
+            self._ahead += [self._thread.submit(self._make) for _ in range(missing)]
         batch, self.read, self._state = self._ahead.popleft().result()
         return batch
 

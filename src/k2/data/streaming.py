@@ -9,7 +9,7 @@ import io
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from typing import Any, Protocol
@@ -167,23 +167,24 @@ class ShardedCorpus:
 
     def read(self, index: Int64) -> NDArray[Any]:
         """The tokens of these numbers."""
-        found = np.empty(index.shape, np.int64)
-        for window, here in self._by_window(index):
-            found[here] = self._cache.tokens(self._shards[window], index[here] - self._bases[window])
-        return found
+        return self._by_window(index, np.int64, self._cache.tokens)
 
     def is_last(self, index: Int64) -> Bools:
         """Whether a document ends with the token of each number."""
-        found = np.empty(index.shape, bool)
-        for window, here in self._by_window(index):
-            held = self._cache.shard(self._shards[window])
-            found[here] = held.is_last(index[here] - self._bases[window])
-        return found
+        return self._by_window(index, bool, lambda shard, places: self._cache.shard(shard).is_last(places))
 
-    def _by_window(self, index: Int64) -> Iterator[tuple[int, Bools]]:
+    def _by_window(self, index: Int64, dtype: type, work: Callable[[Shard, Int64], NDArray[Any]]) -> NDArray[Any]:
+        """What `work` says of the places in every window that the index touches: of a step's rows, one or two."""
         window = np.searchsorted(self._bases, index, side="right") - 1
+        found: NDArray[Any] = np.empty(index.shape, dtype)
+        first = window.flat[0] if index.size else 0
+        if (window == first).all():
+            found[...] = work(self._shards[first], index - self._bases[first])
+            return found
         for each in np.unique(window):
-            yield int(each), window == each
+            here = window == each
+            found[here] = work(self._shards[each], index[here] - self._bases[each])
+        return found
 
 
 def stream(index: Mapping[str, Any], files: Files, limit_bytes: int) -> dict[str, ShardedCorpus]:
