@@ -2,8 +2,8 @@
 
 A task is `ACTION:KEY:pp.ep.dp`. `save` trains from the start and saves every two steps while it goes on to step 5;
 `resume` restores what KEY has and goes on, on another layout to step 24; `die` is `save` with a last rank that is
-killed in its second upload. Rank 0 leaves `<task>.json` with the losses, every rank `<task>.<rank>` with a digest of
-what it holds.
+killed in its second upload; `lost` is one whose last rank has no store. Rank 0 leaves `<task>.json` with the losses,
+every rank `<task>.<rank>` with a digest of what it holds, or with what it said.
 """
 
 import json
@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -23,6 +24,7 @@ from k2.distributed.checkpoint import Checkpoints
 from k2.distributed.mesh import join
 from k2.distributed.objects import Objects
 from k2.distributed.plan import DistributedPlan
+from k2.errors import StageError
 from k2.model.layout import logical_tensors
 from k2.optim.muonclip import MuonClip
 from k2.planner.layout import Layout
@@ -91,6 +93,9 @@ def run(folder: Path, task: str, stack: ExitStack) -> None:
     if action == "die" and rank == dist.get_world_size() - 1:
         Killed.state = state
         checkpoint.Objects = Killed  # type: ignore[misc]
+    if action == "lost":
+        (folder / f"{task}.{rank}").write_text(lost(work, state, source, plan))
+        return
     checkpoints = Checkpoints(work, SAVED, plan)
     if action == "resume":
         assert checkpoints.restore(state, source)
@@ -101,6 +106,18 @@ def run(folder: Path, task: str, stack: ExitStack) -> None:
     (folder / f"{task}.{rank}").write_text(digest(state))
     if rank == 0:
         (folder / f"{task}.json").write_text(json.dumps(state.history.curve("loss")))
+
+
+def lost(work: WorkArea | None, state: TrainState, source: Rows, plan: DistributedPlan | None) -> str:
+    """What is said when the last rank cannot reach the store: neither its objects nor its index get there."""
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == dist.get_world_size() - 1:
+            patch.setenv("K2_S3_ENDPOINT", "http://127.0.0.1:1")
+            patch.setenv("K2_S3_RETRIES", "0")
+        checkpoints = Checkpoints(work, SAVED, plan, patience_s=0.5)
+    with checkpoints, pytest.raises(StageError) as error:
+        checkpoints.save(state, source)
+    return str(error.value)
 
 
 def main(folder: Path, tasks: list[str]) -> None:

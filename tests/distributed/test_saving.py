@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -51,6 +52,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, store: Store) -> Path:
     folder = tmp_path_factory.mktemp("two")
     tasks = [f"save:{name}:{name}" for name in TWO] + [f"resume:{name}:{name}" for name in TWO]
     tasks += [f"resume:{key}:{name}" for key, name in zip(TWO, TWO[1:] + TWO[:1], strict=True)]
+    tasks.append("lost:lost:1.1.2")
     assert launch(2, folder, tasks) == 0, (folder / "stderr").read_text()
     return folder
 
@@ -99,6 +101,16 @@ def test_another_layout_goes_on_with_the_same_losses(two: Path, key: str, name: 
 @pytest.mark.parametrize("key", TWO)
 def test_one_process_goes_on_with_what_ranks_saved(two: Path, store: Store, key: str, alone: list[float]) -> None:
     assert continued(store, key) == pytest.approx(alone, rel=1e-9)
+
+
+def test_a_rank_without_a_store_is_named_by_all_at_once(two: Path, store: Store) -> None:
+    """Its word does not go through the store, so that nobody waits for what cannot come."""
+    for said in held(two, "lost:lost:1.1.2", 2):
+        assert re.match(
+            rf"the checkpoint was not saved: {name_of(0)}, rank 1: tried for \d s: cannot write"
+            rf" {store.url('work/lost/objects')}/\w+ at http://127\.0\.0\.1:1: unreachable .*; .* keeps none$",
+            said,
+        )
 
 
 @pytest.mark.slow

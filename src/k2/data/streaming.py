@@ -6,9 +6,6 @@ that is away is waited for.
 
 import hashlib
 import io
-import logging
-import threading
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -21,7 +18,7 @@ from k2.data.packing import Int64
 from k2.data.shards import INDEX, Shard, shards_of
 from k2.errors import StageError
 from k2.store.artifacts import Artifact, CorruptArtifactError
-from k2.store.client import StoreError
+from k2.store.patience import Patience
 
 CONNECTIONS = 8
 """Ranges that are fetched at once: a store answers one in tens of milliseconds."""
@@ -29,7 +26,6 @@ RANGE_BLOCKS = 16
 """Neighbouring blocks that one request asks for, at most: 4 MiB."""
 
 Bools = NDArray[np.bool_]
-_log = logging.getLogger(__name__)
 
 
 class Files(Protocol):
@@ -46,28 +42,16 @@ class ArtifactFiles:
     """The files of an artifact below a folder. What the store does not give is asked for again for `patience_s`."""
 
     def __init__(self, artifact: Artifact, folder: str, patience_s: float) -> None:
-        self._artifact, self._folder, self._patience_s = artifact, folder, patience_s
+        self._artifact, self._folder = artifact, folder
+        self._patience = Patience(patience_s, "training data")
 
     def read(self, name: str) -> bytes:
         """A whole small file, verified."""
-        return self._patiently(lambda: self._artifact.read(f"{self._folder}/{name}"))
+        return self._patience(lambda: self._artifact.read(f"{self._folder}/{name}"))
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         """Some bytes of a file, not verified."""
-        return self._patiently(lambda: self._artifact.read_range(f"{self._folder}/{name}", start, length))
-
-    def _patiently(self, work: Callable[[], bytes]) -> bytes:
-        end, pause = time.monotonic() + self._patience_s, 0.1
-        while True:
-            try:
-                return work()
-            except StoreError as error:
-                if time.monotonic() + pause > end or not threading.main_thread().is_alive():
-                    raise
-                if pause == 0.1:
-                    _log.warning("training data waits up to %.0f s for the store: %s", self._patience_s, error)
-            time.sleep(pause)
-            pause = min(10.0, 2 * pause)
+        return self._patience(lambda: self._artifact.read_range(f"{self._folder}/{name}", start, length))
 
 
 class HeldShard:

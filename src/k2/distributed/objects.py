@@ -14,18 +14,20 @@ from typing import cast
 from k2.errors import StageError
 from k2.store.client import Store
 from k2.store.lease import Holder, Lease
+from k2.store.patience import Patience
 
 
 class Objects:
-    """The objects below `base`."""
+    """The objects below `base`; who reads and writes them has `patience` with a store that is away, by default none."""
 
-    def __init__(self, store: Store, base: str) -> None:
+    def __init__(self, store: Store, base: str, patience: Patience | None = None) -> None:
         self.store, self.base = store, base
+        self.patience = patience or Patience(0.0, "objects")
 
     def put(self, data: bytes | memoryview) -> str:
         """Write an object; returns the digest that is its name."""
         digest = hashlib.sha256(data).hexdigest()
-        self.store.put(self._name(digest), cast(bytes, data))  # any bytes-like will do
+        self.patience(lambda: self.store.put(self._name(digest), cast(bytes, data)))  # any bytes-like will do
         return digest
 
     def get(self, digest: str) -> bytes:
@@ -34,7 +36,7 @@ class Objects:
         Raises:
             StageError: they are missing or corrupt.
         """
-        data = self.store.get(self._name(digest))
+        data = self.patience(lambda: self.store.get(self._name(digest)))
         if data is None or hashlib.sha256(data).hexdigest() != digest:
             raise StageError(f"{self.store.url(self._name(digest))} is {'missing' if data is None else 'corrupt'}")
         return data

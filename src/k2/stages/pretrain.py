@@ -51,9 +51,10 @@ def run(
     heldout = np.load(tokens.path("heldout/tokens.npy"), mmap_mode="r")
     watchdog = nullcontext() if mesh is None else Watchdog(mesh.rank, mesh.world_size, config.parallel.hang_timeout_s)
     work, owner = output.work if rank() == 0 else None, plan if isinstance(plan, DistributedPlan) else None
+    patience = config.data.patience_s
     with (
         watchdog,
-        Checkpoints(work, config.checkpoint_interval, owner) as checkpoints,
+        Checkpoints(work, config.checkpoint_interval, owner, patience_s=patience) as checkpoints,
         Prefetch(_mixture(config, tokens, plan), config.data.prefetch_steps) as loader,
     ):
         pretrain(config, state, plan, loader, heldout, checkpoints, progress)

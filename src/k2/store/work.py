@@ -6,7 +6,6 @@ process whose lease was taken over can no longer change anything that is visible
 
 import hashlib
 import json
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -67,9 +66,11 @@ class WorkArea:
 
     def _upload(self, name: str, data: bytes | Path) -> dict[str, str]:
         content = data.read_bytes() if isinstance(data, Path) else data
-        target = f"{self.base}/{name}.{self.lease.token}-{uuid.uuid4().hex[:8]}"
+        digest = hashlib.sha256(content).hexdigest()
+        # Named by its content, so that the same save made again commits the same index.
+        target = f"{self.base}/{name}.{self.lease.token}-{digest[:16]}"
         self.store.put(target, content)
-        return {"object": target, "sha256": hashlib.sha256(content).hexdigest()}
+        return {"object": target, "sha256": digest}
 
     def _commit(self, index: dict[str, dict[str, str]]) -> None:
         body = json.dumps(index, sort_keys=True).encode()
