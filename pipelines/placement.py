@@ -14,10 +14,12 @@ from kfp.dsl.structures import ResourceSpec
 from k2.config.deployment import Deployment, Placement, Pool
 from k2.config.quantity import mebibytes
 from k2.execution.registry import STAGES
+from k2.platform.needs import of_deployment
 from k2.platform.pods import (
     CA_FOLDER,
     JOBS_VARIABLE,
     LAUNCH_VARIABLE,
+    NEEDS_VARIABLE,
     POD_VARIABLE,
     PRESET_VARIABLE,
     RUN_LABEL,
@@ -27,6 +29,9 @@ from k2.platform.pods import (
     labels,
     secret_variables,
 )
+
+FIRST_TASK = "configure"
+"""The first step, which finds out whether everything is there that the deployment file names."""
 
 EXIT_TASK = "report"
 """The exit handler, which deletes what a run launched and did not end."""
@@ -72,9 +77,8 @@ def place(task: PipelineTask, name: str) -> PipelineTask:
         launch = {JOBS_VARIABLE: ",".join(deployment.job_kinds())}
     container = task.container_spec
     # kfp's setters inspect the whole call stack each time, which would be most of the time of compiling.
-    pinned = {PRESET_VARIABLE: deployment.preset} if deployment.preset and name == "configure" else {}
     container.image, container.resources = here.image, _resources(here.pool)
-    container.env = environment(here) | launch | pinned
+    container.env = environment(here) | launch | (_asked(deployment) if name == FIRST_TASK else {})
     _schedule(task, here)
     _secure(task, here)
     _mount(task, here)
@@ -88,6 +92,12 @@ def _launcher(deployment: Deployment, job: Placement) -> Placement:
     pool = deployment.pools[deployment.default_pool]
     changes = {"pool": pool, "pool_name": deployment.default_pool, "image": deployment.images[pool.image]}
     return job.model_copy(update={**changes, "timeout_s": job.timeout_s + job.queue_timeout_s + MARGIN_S})
+
+
+def _asked(deployment: Deployment) -> dict[str, str]:
+    """What the first step finds out: whether the cluster has all that is named, and the preset is the allowed one."""
+    pinned = {PRESET_VARIABLE: deployment.preset} if deployment.preset else {}
+    return {NEEDS_VARIABLE: of_deployment(deployment).model_dump_json(exclude_defaults=True)} | pinned
 
 
 def _know_itself(task: PipelineTask) -> None:
@@ -127,7 +137,8 @@ def _secure(task: PipelineTask, here: Placement) -> None:
     if here.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(here.pull_secrets))
     for secret, keys in secret_variables(here).items():
-        kubernetes.use_secret_as_env(task, secret, keys)
+        # Without its Secret a pod never starts. The first step does, to say so, and the last one, to end the run.
+        kubernetes.use_secret_as_env(task, secret, keys, optional=here.task in (FIRST_TASK, EXIT_TASK))
 
 
 def _mount(task: PipelineTask, here: Placement) -> None:

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+from kubernetes import client
+
 from k2.config.deployment import Deployment, Placement
+from k2.launch.cluster import Cluster
 from k2.launch.pod import template, with_program
 from k2.platform.pods import LAUNCH_VARIABLE, environment, labels
-from tests.e2e_k8s.cluster import Object
-from tests.e2e_k8s.conftest import RUNNER, SPACE
+from tests.e2e_k8s.cluster import SERVER, Object
+from tests.e2e_k8s.conftest import RUNNER, SPACE, Platform
 
 WORKFLOWS: Object = {
     "apiVersion": "apiextensions.k8s.io/v1",
@@ -27,6 +30,14 @@ WORKFLOWS: Object = {
     },
 }
 """Argo's runs, without the controller that would run them: here they only own pods and jobs."""
+
+
+def cluster_of(platform: Platform, account: str) -> Cluster:
+    """The namespace with the rights of an account."""
+    settings = client.Configuration(host=SERVER)
+    settings.ssl_ca_cert = str(platform.kubernetes.authority)
+    settings.api_key = {"authorization": f"Bearer {platform.token(account)}"}
+    return Cluster(client.ApiClient(settings), SPACE)
 
 
 def placement(image: str, stage: str, **pool: Any) -> Placement:

@@ -5,12 +5,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from kubernetes import client
 
 from k2.errors import StageError
 from k2.launch.app import application
 from k2.launch.backend import Terms
-from k2.launch.cluster import Cluster
 from k2.launch.indexed_job import IndexedJob
 from k2.launch.launcher import Launcher, Times
 from k2.launch.work import Work
@@ -18,9 +16,9 @@ from k2.store.artifacts import find, open_uri
 from k2.store.client import Store
 from tests.conftest import SilentProgress
 from tests.e2e_containers.daemons import wait
-from tests.e2e_k8s.cluster import SERVER, Object
+from tests.e2e_k8s.cluster import Object
 from tests.e2e_k8s.conftest import RUNNER, SPACE, Platform
-from tests.e2e_k8s.pods import WORKFLOWS, job, placement, step
+from tests.e2e_k8s.pods import WORKFLOWS, cluster_of, job, placement, step
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 DATA = ("corpus", "ingest", "rephrase", "tokenize")
@@ -175,14 +173,6 @@ def ranks(platform: Platform, run: str) -> list[Object]:
     return list(found["items"])
 
 
-def account(platform: Platform) -> Cluster:
-    """The namespace with the rights of pipeline steps."""
-    settings = client.Configuration(host=SERVER)
-    settings.ssl_ca_cert = str(platform.kubernetes.authority)
-    settings.api_key = {"authorization": f"Bearer {platform.token(RUNNER)}"}
-    return Cluster(client.ApiClient(settings), SPACE)
-
-
 def kinds(progress: SilentProgress) -> set[str]:
     """Kinds of the events so far."""
     return {event["kind"] for event in progress.events}
@@ -237,7 +227,7 @@ def test_a_live_job_is_adopted_and_goes_with_its_workflow(
     monkeypatch.setenv("K2_POD_NAME", "step-2")
     work, progress = prepared(platform, "run-2", 10**7), [SilentProgress(), SilentProgress()]
     with ThreadPoolExecutor() as pool:
-        launchers = [Launcher(account(platform), spot, store, each, Times(poll_s=0.5)) for each in progress]
+        launchers = [Launcher(cluster_of(platform, RUNNER), spot, store, each, Times(poll_s=0.5)) for each in progress]
         first = pool.submit(launchers[0].run, work)
         wait(lambda: bool(jobs(platform, "run-2")), SECONDS, lambda: str(progress[0].events))
         second = pool.submit(launchers[1].run, work)

@@ -5,10 +5,17 @@ from pathlib import Path
 from urllib.error import HTTPError
 
 import pytest
+from kubernetes import config
 
+from k2.config.deployment import Deployment
+from k2.errors import UserError
+from k2.launch.cluster import Cluster
+from k2.launch.preflight import require
+from k2.platform.needs import of_deployment
 from k2.store.client import Store
 from tests.e2e.conftest import Site
 from tests.e2e_k8s.conftest import RUNNER, SPACE, Platform
+from tests.e2e_k8s.pods import cluster_of
 
 pytestmark = pytest.mark.e2e
 LAUNCHER = [
@@ -84,6 +91,29 @@ def test_a_refusal_is_more_than_an_answer(platform: Platform) -> None:
     assert platform.kubernetes.read(path)["data"]
     with pytest.raises(HTTPError, match="403"):
         platform.kubernetes.ask(path, platform.token(RUNNER))
+
+
+def test_what_is_missing_is_refused_before_anything_is_made(
+    platform: Platform, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a person who may see everything, by a step, and by an account without rights."""
+    pools = {"light": {}, "gpu": {"launch": "trainjob"}, "job": {"launch": "job"}}
+    named = {"images": {"cpu": platform.image}, "store": {"secret": "k2-s3"}, "pull_secrets": ["registry"]}
+    placed = {"pools": pools, "default_pool": "light", "stages": {"pretrain": "gpu", "sft": "job"}}
+    needs = of_deployment(Deployment.model_validate(named | placed))
+    person = Cluster(config.new_client_from_config(str(platform.kubernetes.kubeconfig)), SPACE)
+    with pytest.raises(UserError) as refusal:
+        require(person, needs)
+    missing = "pools.gpu.launch: nothing serves trainer.kubeflow.org/v1alpha1; install Kubeflow Trainer 2, or"
+    assert str(refusal.value).startswith(missing)
+    assert "Secret registry: there is none in kubeflow, and pull_secrets names it" in str(refusal.value)
+    assert "Secret k2-s3" not in str(refusal.value)
+    with pytest.raises(UserError) as refusal:
+        require(cluster_of(platform, RUNNER), needs)
+    assert str(refusal.value) == f"{missing} set launch: job"
+    assert "Secret k2-s3: these credentials may not look for it (store.secret)" in caplog.text
+    with pytest.raises(UserError, match=r"may jobs.batch in kubeflow: missing: create, delete, get, list; the Role"):
+        require(cluster_of(platform, "k2-rank"), needs)
 
 
 def test_doctor_finds_the_account_complete(platform: Platform, tmp_path: Path) -> None:

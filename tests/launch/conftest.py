@@ -8,6 +8,7 @@ import pytest
 
 from k2.config.deployment import Deployment, Placement
 from k2.launch.cluster import Cluster
+from k2.platform.pods import CREDENTIALS, STORE_KEYS
 from tests.launch.fake_kubernetes import FakeKubernetes, kubeconfig
 
 DIGEST = "sha256:" + "1" * 64
@@ -43,11 +44,16 @@ def placement(stage: str, pool: str | None = None, **timeouts: int) -> Placement
     return deployment.placement(stage).model_copy(update=timeouts)
 
 
+CORE = "/api/v1/namespaces/ml"
+
+
 @pytest.fixture
 def kubernetes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKubernetes]:
-    """A server; clients find it by KUBECONFIG."""
+    """A server with the store's Secret; clients find it by KUBECONFIG."""
     server = FakeKubernetes()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    keys = dict.fromkeys((*STORE_KEYS, *CREDENTIALS), "eA==")
+    server.add(f"{CORE}/secrets", {"metadata": {"name": "k2-s3"}, "data": keys})
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("KUBECONFIG", str(kubeconfig(server, tmp_path, "ml")))
     # The client reads the variable when it is imported.
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig.json"))

@@ -20,8 +20,13 @@ from urllib.parse import parse_qs, urlsplit
 
 Object = dict[str, Any]
 OBJECT = re.compile(
-    r"(?P<base>/api/v1|/apis/[^/]+/[^/]+)/namespaces/(?P<ns>[^/]+)/(?P<plural>[^/]+)(/(?P<name>[^/]+))?"
+    r"(?P<base>/api/v1|/apis/[^/]+/[^/]+)(/namespaces/(?P<ns>[^/]+))?/(?P<plural>[^/]+)(/(?P<name>[^/]+))?"
 )
+SERVED = (
+    *("argoproj.io/v1alpha1", "batch/v1", "kueue.x-k8s.io/v1beta2", "node.k8s.io/v1"),
+    "trainer.kubeflow.org/v1alpha1",
+)
+REVIEWS = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
 
 
 @dataclass
@@ -47,7 +52,10 @@ class Kubelet:
 
 
 class FakeKubernetes(ThreadingHTTPServer):
-    """objects: path -> object; logs: pod -> lines with their time; requests: method and path of every request."""
+    """objects: path -> object; logs: pod -> lines with their time; requests: method and path of every request.
+
+    served: APIs; forbidden: what nobody may touch; denied: verb and resource that reviews of access refuse.
+    """
 
     daemon_threads = True
 
@@ -57,7 +65,9 @@ class FakeKubernetes(ThreadingHTTPServer):
         self.logs: dict[str, list[tuple[str, str]]] = {}
         self.failures: list[Failure] = []
         self.requests: list[tuple[str, str]] = []
+        self.served = list(SERVED)
         self.forbidden: set[str] = set()
+        self.denied: set[tuple[str, str]] = set()
         self.lock = threading.RLock()
         self.kubelet: Kubelet | None = None
 
@@ -189,6 +199,10 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, path: str, query: dict[str, str], body: Any) -> tuple[int, Any]:
         if path.endswith("/log"):
             return self._log(path, query)
+        if path == "/apis/":
+            return 200, {"groups": [{"versions": [{"groupVersion": each}]} for each in self.server.served]}
+        if path == REVIEWS:
+            return 201, body | {"status": {"allowed": self._allowed(body["spec"]["resourceAttributes"])}}
         match = OBJECT.fullmatch(path)
         if match is None:
             return 404, problem(404, "no such resource")
@@ -205,6 +219,10 @@ class Handler(BaseHTTPRequestHandler):
             self.server.remove(path)
             return 200, {"status": "Success"}
         return 200, self.server.objects[path]
+
+    def _allowed(self, wanted: dict[str, str]) -> bool:
+        resource = "/".join(part for part in (wanted["resource"], wanted["subresource"]) if part)
+        return (wanted["verb"], resource) not in self.server.denied
 
     def _create(self, collection: str, body: Object) -> tuple[int, Any]:
         if f"{collection}/{body['metadata']['name']}" in self.server.objects:

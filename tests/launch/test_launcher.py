@@ -21,8 +21,8 @@ from k2.monitoring.run_record import write_stage_record
 from k2.store.artifacts import Artifact
 from k2.store.client import Store
 from tests.conftest import SilentProgress
-from tests.launch.conftest import placement
-from tests.launch.fake_kubernetes import Failure, FakeKubernetes, Kubelet
+from tests.launch.conftest import CORE, placement
+from tests.launch.fake_kubernetes import REVIEWS, Failure, FakeKubernetes, Kubelet
 
 FAST = Times(poll_s=0.02, flush_s=0.1, admission_s=30.0, deletion_s=10.0)
 KEY = "0" * 64
@@ -333,10 +333,11 @@ def test_waiting_and_working_have_limits_of_their_own(
     assert "was pending for 1 s (Unschedulable: 0/3 nodes); raise timeouts.queue_hours; the job is deleted" in error
 
 
-def test_a_missing_secret_is_said_at_once_and_not_after_a_day(
+def test_a_missing_secret_is_said_after_a_minute_where_the_launcher_may_not_look_for_it(
     kubernetes: FakeKubernetes, launcher: Callable[..., Launcher]
 ) -> None:
-    """The launcher may not read Secrets, so it is the pod that tells."""
+    """It is then the pod that tells."""
+    kubernetes.forbidden.add("secrets")
     waiting = {"reason": "CreateContainerConfigError", "message": 'secret "k2-s3" not found'}
     states = [{"state": {"waiting": waiting}}]
     pod = {"metadata": {"name": "p", "labels": {"job-name": NAME}}, "spec": {}, "status": {"containerStatuses": states}}
@@ -368,20 +369,28 @@ def test_a_queue_that_is_not_there_is_refused_before_anything_is_made(
     kubernetes.remove("/apis/kueue.x-k8s.io/v1beta2/namespaces/ml/localqueues/k2-gpu")
     error = Run(launcher(here)).end().error
     assert isinstance(error, UserError)
-    assert "pools.job.queue: there is no LocalQueue 'k2-gpu' in ml" in str(error)
+    assert "LocalQueue k2-gpu: there is none in ml, and pools.job.queue names it" in str(error)
     assert kubernetes.of("jobs") == []
 
 
-def test_a_kind_of_job_that_nothing_serves_is_refused_before_anything_is_made(
-    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher]
+def test_what_is_missing_is_refused_before_anything_is_made(
+    kubernetes: FakeKubernetes, launcher: Callable[..., Launcher], store: Store
 ) -> None:
-    here = placement("pretrain", "gpus")
-    queued(kubernetes)
-    kubernetes.failures.append(Failure("GET", "trainjobs", 404))
-    error = Run(launcher(here)).end().error
+    kubernetes.served.remove("trainer.kubeflow.org/v1alpha1")
+    kubernetes.denied = {("delete", "jobs"), ("list", "pods")}
+    kubernetes.remove(f"{CORE}/secrets/k2-s3")
+    error = Run(launcher(placement("pretrain", "gpus"))).end().error
     assert isinstance(error, UserError)
-    assert "pools.gpus.launch: nothing serves trainer.kubeflow.org/v1alpha1 in this cluster; install" in str(error)
-    assert not [verb for verb, _ in kubernetes.requests if verb == "POST"]
+    assert "pools.gpus.launch: nothing serves trainer.kubeflow.org/v1alpha1; install Kubeflow Trainer 2, or" in str(
+        error
+    )
+    assert "may pods in ml: missing: list; the Role k2-launcher grants them" in str(error)
+    assert "Secret k2-s3: there is none in ml, and store.secret names it; `kubectl create secret` makes it" in str(
+        error
+    )
+    assert "may jobs" not in str(error)
+    assert [path for verb, path in kubernetes.requests if verb == "POST" and path != REVIEWS] == []
+    assert list(store.list("runs/")) == []
 
 
 def test_a_suspended_job_that_kueue_does_not_know_fails_with_the_reason(

@@ -13,6 +13,10 @@ import yaml
 from torchx.runner import Runner, get_runner
 from torchx.specs import AppDef, AppState, Resource, Role
 
+from k2.cli import main
+from k2.launch.app import stage
+from k2.launch.backend import Terms
+from k2.launch.indexed_job import IndexedJob
 from k2.store.artifacts import Artifact
 from k2.store.client import Store
 from tests.launch.conftest import DEPLOYMENT
@@ -43,8 +47,8 @@ def test_a_stage_of_two_processes_runs_here(
     tokens = tokenized(make_artifact, tmp_path, 40_000, 5_000)
     # torchx refuses an option that comes twice, unless it is one word with its value.
     settings = [f"--set={setting}" for setting in FEW]
-    stage = ["pretrain", "--preset", "nano", "--input", f"tokens={tokens.uri}", *settings]
-    application = ["k2.launch.app.stage", "--processes", "2", "--", *stage]
+    work = ["pretrain", "--preset", "nano", "--input", f"tokens={tokens.uri}", *settings]
+    application = ["k2.launch.app.stage", "--processes", "2", "--", *work]
     output = torchx("run", "--workspace=", "--wait", "-s", "local_cwd", *application)
     assert "SUCCEEDED" in output
     (manifest,) = [info.name for info in store.list("pretrain/") if info.name.endswith("manifest.json")]
@@ -57,9 +61,9 @@ def test_a_stage_of_two_processes_runs_here(
 def test_a_dry_run_needs_no_cluster(source: dict[str, str], tmp_path: Path) -> None:
     file = tmp_path / "deployment.yaml"
     file.write_text(yaml.safe_dump(DEPLOYMENT | {"stages": {"pretrain": "gpus"}}))
-    stage = ["k2.launch.app.stage", "--deployment", str(file), "--", "pretrain", "--preset", "nano"]
+    application = ["k2.launch.app.stage", "--deployment", str(file), "--", "pretrain", "--preset", "nano"]
     options = "namespace=ml,queue=k2-gpu,runtime=k2-torch-gpu"
-    output = torchx("run", "--dryrun", "--workspace=", "-s", "trainjob", "-cfg", options, *stage, **source)
+    output = torchx("run", "--dryrun", "--workspace=", "-s", "trainjob", "-cfg", options, *application, **source)
     assert "conflict" not in output.lower()
     body = next(yaml.safe_load_all(output[output.index("apiVersion") :].partition("\n\n")[0]))
     assert body["kind"] == "TrainJob"
@@ -67,6 +71,20 @@ def test_a_dry_run_needs_no_cluster(source: dict[str, str], tmp_path: Path) -> N
     assert body["spec"]["runtimeRef"]["name"] == "k2-torch-gpu"
     assert body["spec"]["trainer"]["numNodes"] == 2
     assert body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "k2-gpu"
+    assert body["metadata"]["labels"]["k2.dev/preset"] == "nano"
+
+
+@pytest.mark.parametrize(
+    ("named", "preset"), [([], None), (["--preset", "nano"], "nano"), (["--preset=k2-1t"], "k2-1t")]
+)
+def test_pods_of_an_application_say_their_preset(named: list[str], preset: str | None, tmp_path: Path) -> None:
+    file = tmp_path / "deployment.yaml"
+    file.write_text(yaml.safe_dump(DEPLOYMENT))
+    (default,) = [each.default for each in main.commands["tokenize"].params if each.name == "preset"]
+    app = stage("tokenize", *named, "--set=seed=1", deployment=str(file))
+    job = IndexedJob().job(app, Terms("ml"))
+    for labels in (job["metadata"]["labels"], job["spec"]["template"]["metadata"]["labels"]):
+        assert labels["k2.dev/preset"] == (preset or default)
 
 
 @pytest.fixture

@@ -13,20 +13,22 @@ from click.testing import CliRunner
 
 from k2.cli import main
 from k2.commands import doctor
-from k2.commands.doctor import NEEDED, SANDBOX, Rights
+from k2.platform.needs import LAUNCHER, SANDBOX, Rights
+from k2.platform.pods import CREDENTIALS, STORE_KEYS
 from tests.manifests.render import ROOT, kustomize
 
+STORE = (*STORE_KEYS, *CREDENTIALS)
 RUNNER = "system:serviceaccount:kubeflow:pipeline-runner"
 
 
 class Cluster(ThreadingHTTPServer):
-    """rules: user -> RBAC rules; objects: paths that exist; hidden: paths that nobody may read."""
+    """rules: user -> RBAC rules; objects: path -> keys of what is there; hidden: paths that nobody may read."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.groups = ["batch/v1", *doctor.OPERATORS]
+        self.groups = ["batch/v1", "node.k8s.io/v1", *doctor.OPERATORS]
         self.rules: dict[str, list[dict[str, Any]]] = {}
-        self.objects: set[str] = set()
+        self.objects: dict[str, tuple[str, ...]] = {}
         self.hidden: set[str] = set()
 
 
@@ -43,7 +45,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path in self.server.hidden:
             self.answer({}, 403)
         else:
-            self.answer({}, 200 if self.path in self.server.objects else 404)
+            keys = self.server.objects.get(self.path)
+            self.answer({"data": dict.fromkeys(keys or (), "eA==")}, 404 if keys is None else 200)
 
     def do_POST(self) -> None:
         review = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -160,7 +163,7 @@ def test_what_no_operator_serves_is_absent_and_its_verbs_are_not_asked_for(clust
 
 def test_names_of_a_deployment_file_are_looked_up(cluster: Cluster) -> None:
     base = "/api/v1/namespaces/kubeflow"
-    cluster.objects = {f"{base}/secrets/k2-s3", f"{base}/configmaps/cluster-ca"}
+    cluster.objects = {f"{base}/secrets/k2-s3": STORE, f"{base}/configmaps/cluster-ca": ("other.crt",)}
     cluster.hidden = {f"{base}/secrets/llm-endpoint"}
     deployment = str(ROOT / "pipelines" / "deployments" / "gpu.yaml")
     code, found, _ = diagnose("--account", "pipeline-runner", "--deployment", deployment)
@@ -170,15 +173,21 @@ def test_names_of_a_deployment_file_are_looked_up(cluster: Cluster) -> None:
     assert states == {
         "Secret k2-s3": "ok",
         "Secret registry": "failed",
-        "Secret llm-endpoint": "absent",
-        "ConfigMap cluster-ca": "ok",
+        "Secret llm-endpoint": "unknown",
+        "ConfigMap cluster-ca": "failed",
         "LocalQueue k2-gpu": "failed",
         "ClusterTrainingRuntime k2-torch-gpu": "failed",
     }
     problems = {name: found[name][1] for name, state in states.items() if state == "failed"}
-    assert problems["Secret registry"].startswith("pull_secrets: there is none in kubeflow; `kubectl create secret`")
-    assert problems["LocalQueue k2-gpu"].startswith("queues: there is none in kubeflow; manifests/components/kueue")
-    assert problems["ClusterTrainingRuntime k2-torch-gpu"].startswith("pools.gpu.runtime: there is none")
+    assert problems["Secret registry"].startswith(
+        "there is none in kubeflow, and pull_secrets names it; `kubectl create"
+    )
+    assert problems["LocalQueue k2-gpu"].endswith(
+        "pools.gpu.queue names it; manifests/components/kueue has queues, or name another"
+    )
+    assert problems["ClusterTrainingRuntime k2-torch-gpu"].startswith("there is none, and pools.gpu.runtime names it")
+    assert problems["ConfigMap cluster-ca"].startswith("has no ca.crt, which network.ca_config_map needs")
+    assert "these credentials may not look for it (secrets.K2_LLM_API_KEY)" in found["Secret llm-endpoint"][1]
 
 
 def test_an_operator_that_a_pool_needs_is_missed(cluster: Cluster) -> None:
@@ -218,14 +227,15 @@ def test_sandboxes_need_rights_and_a_runtime_class_that_is_there(cluster: Cluste
     assert found["may configmaps in kubeflow"] == ("failed", "missing: create; the Role k2-sandbox grants them")
     assert found["RuntimeClass gvisor"][0] == "failed"
     cluster.rules[RUNNER] += launcher_rules("k2-sandbox", "dev")
-    cluster.objects = {"/api/v1/namespaces/kubeflow/secrets/k2-s3", "/apis/node.k8s.io/v1/runtimeclasses/gvisor"}
+    cluster.objects = {"/api/v1/namespaces/kubeflow/secrets/k2-s3": STORE}
+    cluster.objects["/apis/node.k8s.io/v1/runtimeclasses/gvisor"] = ()
     code, found, output = diagnose(*asked)
     assert code == 0, output
     assert found["RuntimeClass gvisor"][0] == "ok"
 
 
 @pytest.mark.parametrize(
-    ("role", "overlay", "needed"), [("k2-launcher", "prod", NEEDED), ("k2-sandbox", "dev", SANDBOX)]
+    ("role", "overlay", "needed"), [("k2-launcher", "prod", LAUNCHER), ("k2-sandbox", "dev", SANDBOX)]
 )
 def test_a_role_grants_exactly_what_the_doctor_asks_for(role: str, overlay: str, needed: Rights) -> None:
     granted = {

@@ -11,6 +11,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from k2.ablations.component import resolve
 from k2.cli import main
 from k2.config.deployment import Deployment, Placement
 from k2.config.quantity import amount
@@ -20,8 +21,10 @@ from k2.execution.registry import STAGES
 from k2.launch.app import application
 from k2.launch.backend import Terms
 from k2.launch.indexed_job import IndexedJob
-from k2.platform.pods import LAUNCH_VARIABLE, PRESET_VARIABLE, environment, labels
+from k2.platform.needs import of_deployment
+from k2.platform.pods import LAUNCH_VARIABLE, NEEDS_VARIABLE, PRESET_VARIABLE, environment, labels
 from k2.platform.render import MAX_BYTES, PIPELINES, RECIPES, Rendering, render, spec_digest
+from pipelines.ablations.qk_clip import STUDY
 
 ROOT = Path(__file__).parents[2]
 COMPILED = ROOT / "pipelines" / "compiled"
@@ -102,7 +105,8 @@ def test_containers_are_what_the_deployment_says(rendering: Rendering, deploymen
             assert Placement.model_validate_json(env[LAUNCH_VARIABLE]) == work
         else:
             jobs = {"K2_JOBS": "job,trainjob"} if name == "report" and deployment.job_kinds() else {}
-            assert env == environment(work) | jobs
+            needs = {NEEDS_VARIABLE: of_deployment(deployment).model_dump_json(exclude_defaults=True)}
+            assert env == environment(work) | jobs | (needs if name == "configure" else {})
             assert settings["podMetadata"]["labels"] == labels(work) | {"k2.dev/run": "{{workflow.name}}"}
 
 
@@ -131,6 +135,9 @@ def test_secrets_come_by_name_only(rendering: Rendering, deployment: Deployment)
     for name, container, settings in placed(rendering):
         named = {secret["secretName"] for secret in settings["secretAsEnv"]}
         assert named - {"llm-endpoint"} == {"k2-s3"}
+        # Without its Secret a pod never starts; these two do, and say so.
+        optional = name in ("configure", "report")
+        assert all(secret.get("optional", False) is optional for secret in settings["secretAsEnv"]), name
         assert ("llm-endpoint" in named) == (bool(deployment.secrets) and name in ("rephrase", "synthesize"))
         assert not {each["name"] for each in container["env"]} & {"K2_S3_SECRET_KEY", "K2_LLM_API_KEY"}
 
@@ -163,6 +170,16 @@ def test_a_pinned_preset_refuses_others(monkeypatch: pytest.MonkeyPatch, capsys:
         resolve_config("nano", "", "x")
     assert end.value.code == 2
     assert "preset: 'nano' is not 'tiny', the only one that the deployment file allows" in capsys.readouterr().err
+
+
+def test_a_pinned_preset_refuses_others_of_a_study_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(PRESET_VARIABLE, "tiny")
+    with pytest.raises(SystemExit) as end:
+        resolve(STUDY.model_dump_json(), "nano", "", "x")
+    assert end.value.code == 2
+    assert "preset: 'nano' is not 'tiny'" in capsys.readouterr().err
 
 
 def test_a_step_never_waits_for_an_accelerator_and_its_job_gets_slice_shm_and_taint(gpu: Deployment) -> None:

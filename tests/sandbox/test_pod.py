@@ -83,6 +83,18 @@ def test_the_pod_is_restricted_and_goes_with_its_files(kubernetes: FakeKubernete
     assert left(kubernetes) == []
 
 
+def test_the_pod_says_who_pays_and_which_run_and_preset(
+    kubernetes: FakeKubernetes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow = {"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "name": "run-a", "uid": "u"}
+    kubernetes.add(PODS, {"metadata": {"name": "step", "ownerReferences": [workflow]}, "spec": {}})
+    monkeypatch.setenv("K2_POD_NAME", "step")
+    pinned = Deployment.model_validate(DEPLOYMENT | {"preset": "small", "sandbox": {}})
+    pod = PodSandbox(Cluster.connect("ml"), pinned).pod("s", ["true"], {}, Limits())
+    expected = {"k2.dev/team": "ml", "k2.dev/run": "run-a", "k2.dev/preset": "small"}
+    assert pod["metadata"]["labels"].items() >= expected.items()
+
+
 @pytest.mark.parametrize(
     ("status", "exceeded"),
     [

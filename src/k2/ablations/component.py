@@ -1,7 +1,6 @@
 """What the KFP components of a study call: its configuration, one training of an arm, the comparison."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from k2.ablations.arms import arm_config, best_candidate, shared_section, study_
 from k2.config.ablations import StudyConfig
 from k2.config.k2 import K2Config
 from k2.config.load import parse_document
-from k2.errors import UserError
-from k2.execution.component import deliver, recorded
+from k2.errors import StageError, UserError
+from k2.execution.component import admit, deliver, leave, recorded
 from k2.execution.registry import stage_spec
 from k2.monitoring.events import progress_for
 from k2.processes import end_with_run
@@ -28,9 +27,11 @@ def resolve(definition: str, preset: str, overrides: str, run: str) -> str:
         config = study_config(study, preset, parse_document(overrides, "overrides"), run)
         for arm in study.arms:
             arm_config(shared_section(study, config), arm.fields, study.seeds[0])
-    except (UserError, ValidationError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        admit(preset)
+    except ValidationError as error:
+        leave(UserError(str(error)))
+    except (UserError, StageError) as error:
+        leave(error)
     # A terminal shows a row for each from the beginning.
     shared = ["corpus", "ingest", "rephrase", "tokenize"] + (["pretrain"] if study.stage == "tune" else [])
     stages = [*shared, *study.sweep_labels, *study.labels, "compare"]

@@ -1,5 +1,6 @@
 """`k2 pipeline`: the DAGs for Kubeflow Pipelines."""
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from k2.platform.api import PipelinesApi
     from k2.platform.render import Rendering
     from k2.platform.runs import WhenRunning
+
+log = logging.getLogger(__name__)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -101,6 +104,12 @@ def upload(deployment_file: Path, names: tuple[str, ...], revision: str, as_json
     help="Refuse when the last days and one more run cost more; the deployment file's by default.",
 )
 @click.option("--budget-days", type=click.IntRange(1, 366), help="Days of the budget; the deployment file's, or 30.")
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Refuse when what the deployment file names is not in kubectl's cluster.",
+)
 @click.option("--watch", "follow", is_flag=True, help="Follow the run to its end, and exit as it does.")
 @json_output
 def submit(
@@ -113,10 +122,11 @@ def submit(
     when_running: "WhenRunning",
     budget: float | None,
     budget_days: int | None,
+    check: bool,
     follow: bool,
     as_json: bool,
 ) -> None:
-    """Start a run on Kubeflow Pipelines."""
+    """Start a run on Kubeflow Pipelines, once everything is there that it needs."""
     from k2.platform.runs import submit as start
     from k2.platform.runs import submit_next
     from k2.platform.versions import find_version
@@ -127,6 +137,8 @@ def submit(
     _require_budget(deployment, budget, budget_days)
     api = connect(deployment)
     found = find_version(api, name, version)
+    if check:
+        _require_needs(deployment)
     run = submit_next(api, found, values, series, when_running) if series else start(api, found, values, run_name)
     if run is None:
         echo(None, as_json, f"a run of {series} is going on; nothing was started")
@@ -188,6 +200,28 @@ def connect(deployment: "Deployment") -> "PipelinesApi":
     api = PipelinesApi(deployment.kubeflow)
     api.check()
     return api
+
+
+def _require_needs(deployment: "Deployment") -> None:
+    """The run's first step looks again, with its own rights; where there is no kubectl, it is the first to.
+
+    Raises:
+        UserError: something is missing, or the cluster does not answer.
+    """
+    from k2.launch.cluster import Cluster, ClusterError
+    from k2.launch.preflight import require
+    from k2.platform.needs import of_deployment
+
+    try:
+        cluster = Cluster.connect(deployment.kubeflow.namespace, patience_s=0.0)
+    except UserError as error:
+        log.warning("what the deployment file names is looked for by the run's first step: %s", error)
+        return
+    try:
+        # What launchers may do is another account's business.
+        require(cluster, of_deployment(deployment).model_copy(update={"rights": ()}))
+    except ClusterError as error:
+        raise UserError(f"{error}; `--no-check` submits without looking at kubectl's cluster") from None
 
 
 def _require_budget(deployment: "Deployment", limit: float | None, days: int | None) -> None:

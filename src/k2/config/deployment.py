@@ -302,12 +302,13 @@ class Deployment(Section):
             secrets={name: s for name, s in sorted(self.secrets.items()) if not s.stages or task in s.stages},
             network=self.network,
             identity=self.identity,
-            labels=self._labels() | {"k2.dev/stage": task},
+            labels=self.paid_by() | {"k2.dev/stage": task},
             budget=self.budget,
             costs=self.costs() if self.budget else {},
         )
 
-    def _labels(self) -> dict[str, str]:
+    def paid_by(self) -> dict[str, str]:
+        """Labels of every pod: who pays, and the preset where there is only one."""
         known = {f"k2.dev/{name}": value for name, value in self.labels.items()}
         return known | ({"k2.dev/preset": self.preset} if self.preset else {})
 

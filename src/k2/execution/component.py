@@ -20,7 +20,7 @@ from k2.execution.runner import Outcome, execute
 from k2.masking import install, masked
 from k2.monitoring.events import progress_for
 from k2.monitoring.run_record import read_run, write_stage_record
-from k2.platform.pods import JOBS_VARIABLE, PRESET_VARIABLE
+from k2.platform.pods import JOBS_VARIABLE, NEEDS_VARIABLE, PRESET_VARIABLE, STORE_KEYS
 from k2.processes import end_with_run
 from k2.store.artifacts import Artifact, Manifest
 from k2.store.client import Store
@@ -31,18 +31,49 @@ CLEANUP_S = 120.0
 """Seconds that the exit task waits for an API server which does not answer."""
 
 
+CHECK_S = 120.0
+"""Seconds that the first step waits for an API server which does not answer."""
+
+
 def resolve_config(preset: str, overrides: str, run: str) -> str:
-    """The validated configuration as one JSON string; ends the process with code 2 when it is not valid."""
+    """The validated configuration as one JSON string, in a cluster that has all that its deployment file names.
+
+    Raises:
+        SystemExit: 2 when it is not valid or something is missing, 1 when the cluster does not answer.
+    """
     end_with_run()
-    only = os.environ.get(PRESET_VARIABLE, preset)
     try:
-        if preset != only:
-            raise UserError(f"preset: {preset!r} is not {only!r}, the only one that the deployment file allows")
         config = load_config(preset, parse_document(overrides, "overrides") | {"run": run})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        admit(preset)
+    except (UserError, StageError) as error:
+        leave(error)
     return config.model_dump_json()
+
+
+def admit(preset: str) -> None:
+    """Whether the deployment allows runs of a preset, and its cluster has all that it names.
+
+    The first step of each pipeline asks, before anything else is started. Outside a cluster nothing is looked up.
+
+    Raises:
+        UserError: another preset, or what is missing, with fields and fixes.
+        StageError: the API server does not answer.
+    """
+    only = os.environ.get(PRESET_VARIABLE, preset)
+    if preset != only:
+        raise UserError(f"preset: {preset!r} is not {only!r}, the only one that the deployment file allows")
+    needs = os.environ.get(NEEDS_VARIABLE)
+    if not needs or "KUBERNETES_SERVICE_HOST" not in os.environ:
+        return
+    from k2.launch.cluster import Cluster
+    from k2.launch.preflight import require
+    from k2.platform.needs import Needs
+
+    require(Cluster.connect(patience_s=CHECK_S), Needs.model_validate_json(needs))
+    # Where Secrets may not be looked for, the variables that come of them tell.
+    absent = [name for name in STORE_KEYS if name not in os.environ]
+    if absent:
+        raise UserError(f"store.secret: the Secret that it names is not there, or has no {', '.join(absent)}")
 
 
 def run_component(stage: str, config_json: str, artifact: Any, metrics: Any, **inputs: Any) -> None:

@@ -7,6 +7,7 @@ The schedulers `trainjob` and `indexed_job` are K2's own (`torchx_plugins.schedu
 Volcano; `local_cwd` starts processes here.
 """
 
+import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torchx.specs import AppDef, AppDryRunInfo, Resource, Role, macros
 from k2.config.deployment import DISTRIBUTED, Deployment, Placement
 from k2.config.quantity import amount
 from k2.launch.pod import CONTAINER, restricted, template, with_program
-from k2.platform.pods import environment
+from k2.platform.pods import PRESET_LABEL, environment
 
 POD = "pod"
 """Key of the pod template in a role's metadata."""
@@ -72,7 +73,9 @@ def stage(*arguments: str, deployment: str | None = None, name: str = "k2", proc
     if deployment is not None:
         from k2.platform.documents import read_section
 
-        return application(name, read_section(Path(deployment), Deployment).placement(arguments[0]), command)
+        app = application(name, read_section(Path(deployment), Deployment).placement(arguments[0]), command)
+        app.metadata[PRESET_LABEL] = _preset(arguments)
+        return app
     role = _role(1, processes, command)
     role.resource = Resource(cpu=processes, gpu=0, memMB=2048 * processes)
     return AppDef(name, [role])
@@ -93,6 +96,13 @@ def resources_of(role: Role) -> dict[str, dict[str, str]]:
     }
     wanted = {name: value for name, value in known.items() if value}
     return {"requests": wanted, "limits": dict(wanted)}
+
+
+def _preset(arguments: Sequence[str]) -> str:
+    """The preset of a command line of `k2`; its own default where none is named."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="tiny")
+    return str(parser.parse_known_args(arguments)[0].preset)
 
 
 def _role(nodes: int, processes: int, arguments: Sequence[str]) -> NodeRole:

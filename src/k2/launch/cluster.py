@@ -45,11 +45,13 @@ class Kind:
 
     api: str
     plural: str
+    namespaced: bool = True
 
     def path(self, namespace: str, name: str = "", sub: str = "") -> str:
         """The URL's path, of one object or of all in the namespace."""
         base = f"/api/{self.api}" if "/" not in self.api else f"/apis/{self.api}"
-        return "/".join(part for part in (f"{base}/namespaces/{namespace}/{self.plural}", name, sub) if part)
+        place = f"namespaces/{namespace}" if self.namespaced else ""
+        return "/".join(part for part in (base, place, self.plural, name, sub) if part)
 
 
 PODS = Kind("v1", "pods")
@@ -58,8 +60,8 @@ SERVICES = Kind("v1", "services")
 JOBS = Kind("batch/v1", "jobs")
 TRAIN_JOBS = Kind("trainer.kubeflow.org/v1alpha1", "trainjobs")
 WORKLOADS = Kind("kueue.x-k8s.io/v1beta2", "workloads")
-LOCAL_QUEUES = Kind("kueue.x-k8s.io/v1beta2", "localqueues")
 WORKFLOWS = Kind("argoproj.io/v1alpha1", "workflows")
+REVIEWS = Kind("authorization.k8s.io/v1", "selfsubjectaccessreviews", namespaced=False)
 
 
 class Cluster:
@@ -111,6 +113,22 @@ class Cluster:
             if error.status != 404:
                 raise
 
+    def version(self) -> str:
+        """The API server's own."""
+        return str(self._json("GET", "/version/")["gitVersion"])
+
+    def served(self) -> set[str]:
+        """Every API group with its versions, and `v1`."""
+        groups = self._json("GET", "/apis/")["groups"]
+        return {version["groupVersion"] for group in groups for version in group["versions"]} | {"v1"}
+
+    def allows(self, group: str, resource: str, verb: str) -> bool:
+        """Whether these credentials may do something here; `resource` may have a part, such as pods/log."""
+        kind, _, part = resource.partition("/")
+        wanted = {"namespace": self.namespace, "verb": verb, "group": group, "resource": kind, "subresource": part}
+        body = {"apiVersion": REVIEWS.api, "kind": "SelfSubjectAccessReview", "spec": {"resourceAttributes": wanted}}
+        return bool(self.create(REVIEWS, body)["status"]["allowed"])
+
     def log(self, pod: str, container: str, since: str | None) -> str:
         """What a container wrote, each line after its time; from `since` on, a time to the second.
 
@@ -143,7 +161,8 @@ class Cluster:
             except (HTTPError, OSError) as error:
                 status, problem = 0, type(error).__name__
             if time.monotonic() + delay > deadline:
-                raise ClusterError(f"{self.api.configuration.host}: {problem}, for {patience_s:g} s", status)
+                waited = f", for {patience_s:g} s" if patience_s else ""
+                raise ClusterError(f"{self.api.configuration.host}: {problem}{waited}", status)
             log.warning("%s %s: %s; asked again in %.1f s", method, path, problem, delay)
             time.sleep(delay * random.uniform(0.8, 1.2))
             delay = min(2 * delay, LONGEST_DELAY_S)

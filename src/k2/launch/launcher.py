@@ -15,13 +15,15 @@ from k2.execution.contract import Progress
 from k2.launch import backend
 from k2.launch.app import application
 from k2.launch.backend import DIGEST, Backend, State, Status, Terms
-from k2.launch.cluster import LOCAL_QUEUES, PODS, WORKFLOWS, WORKLOADS, Cluster, ClusterError, Object
+from k2.launch.cluster import PODS, WORKFLOWS, WORKLOADS, Cluster, ClusterError, Object
 from k2.launch.indexed_job import IndexedJob
 from k2.launch.logs import LogReader, LogSink, pod_of_node
 from k2.launch.pod import CONTAINER, waits_for
+from k2.launch.preflight import require
 from k2.launch.trainjob import TrainJob
 from k2.launch.work import Work
 from k2.platform.guard import DAY_S, spending
+from k2.platform.needs import of_placement
 from k2.platform.pods import POD_VARIABLE, PRESET_LABEL, RUN_LABEL
 from k2.store.artifacts import Artifact, find
 from k2.store.client import Store
@@ -73,10 +75,11 @@ class Launcher:
         """The artifact that a job made.
 
         Raises:
-            UserError: the queue is not there, the budget is spent, or a live run makes the same already.
+            UserError: the cluster lacks what the placement names or needs, the budget is spent, or a live run makes the
+                same already.
             StageError: the job failed, waited or ran too long, or was deleted.
         """
-        self._require_queue()
+        require(self.cluster, of_placement(self.here))
         work.save(self.store)
         job = self._obtain(work, owner(self.cluster))
         name = str(job["metadata"]["name"])
@@ -99,15 +102,6 @@ class Launcher:
                 raise StageError(f"{name}: its pods do not end in {self.times.deletion_s:g} s")
             time.sleep(self.times.poll_s)
 
-    def _require_queue(self) -> None:
-        """Kueue suspends for ever what names a queue that is not there."""
-        pool, queue = self.here.pool_name, self.here.pool.queue
-        if queue and self.cluster.get(LOCAL_QUEUES, queue) is None:
-            raise UserError(
-                f"pools.{pool}.queue: there is no LocalQueue {queue!r} in {self.cluster.namespace}; create it, or"
-                " install Kueue"
-            )
-
     def _require_budget(self) -> None:
         """What is begun is finished; nothing new is begun once the money is spent."""
         budget = self.here.budget
@@ -124,7 +118,7 @@ class Launcher:
         """A live or complete job that is as ours would be, or a new one."""
         attempt = 1
         for _ in range(CREATIONS):
-            for job in self._jobs(work):
+            for job in self.cluster.list(self.backend.kind, {KEY: work.key[:63]}):
                 name, number = str(job["metadata"]["name"]), int(job["metadata"]["labels"][ATTEMPT])
                 if self._usable(job, work, self._job(work, number, workflow), workflow):
                     backend.complete(self.cluster, self.backend, job)
@@ -144,18 +138,6 @@ class Launcher:
             self.progress.event("job_created", job=job["metadata"]["name"], nodes=self.here.pool.nodes)
             return job
         raise StageError(f"{body['metadata']['name']}: something that is no job of K2 has this name; delete it")
-
-    def _jobs(self, work: Work) -> list[Object]:
-        """The jobs there are for some work."""
-        try:
-            return self.cluster.list(self.backend.kind, {KEY: work.key[:63]})
-        except ClusterError as error:
-            if error.status != 404:
-                raise
-            raise UserError(
-                f"pools.{self.here.pool_name}.launch: nothing serves {self.backend.kind.api} in this cluster; install"
-                " Kubeflow Trainer 2, or set launch: job"
-            ) from None
 
     def _usable(self, job: Object, work: Work, wanted: Object, workflow: Object | None) -> bool:
         """Whether a job does what ours would.

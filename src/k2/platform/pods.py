@@ -17,6 +17,9 @@ JOBS_VARIABLE = "K2_JOBS"
 POD_VARIABLE = "K2_POD_NAME"
 """The pod's own name: its owner, the workflow, becomes the owner of the jobs that it launches."""
 
+NEEDS_VARIABLE = "K2_NEEDS"
+"""JSON of `k2.platform.needs.Needs`; the first step, which has it, finds out whether the cluster has all of it."""
+
 METRICS_TOKEN = "K2_METRICS_TOKEN"
 """The variable that makes pods serve metrics: to those who send its value, on `METRICS_PORT`."""
 METRICS_PORT = 9464

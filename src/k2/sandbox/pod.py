@@ -18,6 +18,7 @@ from k2.errors import StageError, UserError
 from k2.launch.cluster import CONFIG_MAPS, PODS, Cluster, ClusterError, Kind, Object
 from k2.launch.launcher import owner
 from k2.launch.pod import CONTAINER, restricted, waits_for
+from k2.platform.pods import RUN_LABEL
 from k2.sandbox.contract import Exceeded, Limits, Result
 from k2.sandbox.inside import GIVEN
 
@@ -110,7 +111,8 @@ class PodSandbox:
         user = None if identity.user is None else secrets.choice(USERS)
         pod = restricted(user, user)
         mine = owner(self._cluster)
-        pod["metadata"] |= {"name": name, "labels": LABELS | _paid_by(self._deployment)}
+        run = {RUN_LABEL: str(mine["name"])} if mine else {}
+        pod["metadata"] |= {"name": name, "labels": LABELS | self._deployment.paid_by() | run}
         pod["metadata"] |= {"ownerReferences": [mine]} if mine else {}
         optional = {
             "nodeSelector": dict(sorted(where.node_labels.items())),
@@ -176,10 +178,6 @@ def _resources(limits: Limits) -> dict[str, dict[str, str]]:
     disk = math.ceil(2 * amount(limits.disk) + 2 * limits.output_bytes)
     sizes = {"cpu": limits.cpu, "memory": limits.memory, "ephemeral-storage": str(disk)}
     return {"requests": sizes, "limits": dict(sizes)}
-
-
-def _paid_by(deployment: Deployment) -> dict[str, str]:
-    return {f"k2.dev/{name}": value for name, value in deployment.labels.items()}
 
 
 def _exceeded(status: Object, ended: Object) -> Exceeded:
