@@ -9,7 +9,6 @@ both would count.
 
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,11 +19,10 @@ from _table import Row, row, run
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from k2.config.model import ModelConfig
+from k2.kernels.cpu.decode import Packed, PackedLayer
 from k2.model.generate import Engine
 from k2.model.hf import to_hf_config
 from k2.model.layout import cache_values_per_token
-from k2.model.mixture import FEW_TOKENS, Mixture
-from k2.model.products import ExpertProducts, Product
 from k2.model.sampling import SamplingConfig
 from k2.model.transformer import Transformer
 
@@ -51,31 +49,28 @@ def peer_step(config: ModelConfig, dtype: torch.dtype, prompts: list[list[int]])
 
 
 def products_step(config: ModelConfig, batch: int) -> Step:
-    """The matrix products of all decoding steps in bfloat16, in the engine's forms, with experts chosen at random."""
-    prepared = Engine(Transformer(config, compute_dtype=torch.bfloat16).initialize(0)).prepared
-    linear: list[Product] = [prepared.head]
-    calls: list[Step] = []
-    for layer in prepared.layers:
-        attention, mlp = layer.attention, layer.mlp
-        linear += [attention.joined, attention.output] + ([] if attention.q_norm is None else [attention.q_b])
-        if isinstance(mlp, Mixture):
-            linear += [mlp.shared.gate_up, mlp.shared.down] if mlp.shared else []
-            calls += [expert_product(table, config, batch) for table in (mlp.gate_up, mlp.down)]
-        else:
-            linear += [mlp.gate_up, mlp.down]
-    calls += [partial(each, torch.randn(batch, each.inputs).to(torch.bfloat16)) for each in linear]
-    return torch.inference_mode()(lambda: [call() for _ in range(NEW) for call in calls])
+    """The matrix products of all decoding steps in bfloat16, in the engine's form, with experts chosen at random."""
+    model = Engine(Transformer(config, compute_dtype=torch.bfloat16).initialize(0)).prepared.packed
+    assert model is not None, "C does not run here"
+    calls = [product_call(model.head, 0, batch)]
+    for layer in model.layers:
+        for name, packed in layer.products.items():
+            rows = expert_rows(config, layer, batch) if name in ("gate_up", "down") else [batch] * len(packed.values)
+            calls += [product_call(packed, number, count) for number, count in enumerate(rows) if count]
+    return lambda: [call() for _ in range(NEW) for call in calls]
 
 
-def expert_product(experts: ExpertProducts, config: ModelConfig, batch: int) -> Step:
-    """Every chosen expert's product: a sum of rows each, or one batched product without padding."""
-    table_EIO = experts.table_EIO[: config.n_routed_experts]
-    pairs = batch * config.num_experts_per_tok
-    if batch <= FEW_TOKENS:
-        chosen_P = torch.randint(len(table_EIO), (pairs,), generator=torch.Generator().manual_seed(0)).sort().values
-        return partial(experts.sums, chosen_P, torch.randn(pairs, table_EIO.shape[1]).to(torch.bfloat16))
-    count, inputs = table_EIO.shape[:2]
-    return partial(torch.bmm, torch.randn(count, -(-pairs // count), inputs).to(torch.bfloat16), table_EIO)
+def expert_rows(config: ModelConfig, layer: PackedLayer, batch: int) -> list[int]:
+    """Rows of every routed expert, then of shared ones."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(batch, layer.routed, generator=generator).argsort()[:, : config.num_experts_per_tok]
+    return torch.bincount(chosen.flatten(), minlength=layer.routed).tolist() + [batch] * layer.shared
+
+
+def product_call(packed: Packed, number: int, rows: int) -> Step:
+    """One product of random rows."""
+    x = torch.randn(rows, packed.values.shape[2] * 2).bfloat16()
+    return packed.product(x, number, torch.empty(rows, packed.matrices.outputs))
 
 
 def cpu_seconds(step: Step) -> float:

@@ -59,13 +59,6 @@ def test_rms_norm(kernels: None, rows: int, width: int) -> None:
     close(grad_gain, exact_gain, rel=1e-5)
 
 
-@pytest.mark.parametrize(("rows", "width"), SHAPES)
-def test_unit_rows(kernels: None, rows: int, width: int) -> None:
-    x = torch.randn(rows, width)
-    x[0] = 0
-    close(cpu.unit_rows(x, 1e-6), x.double() / (x.double().square().sum(-1, keepdim=True) + 1e-6).sqrt())
-
-
 @pytest.mark.parametrize(("rows", "inner"), SHAPES)
 @pytest.mark.parametrize("size", [1.0, 40.0], ids=["usual", "saturated"])
 def test_gated(kernels: None, rows: int, inner: int, size: float) -> None:

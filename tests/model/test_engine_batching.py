@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from k2.config.base import Kernels
 from k2.config.model import ModelConfig
 from k2.errors import UserError
-from k2.model import products
+from k2.model.backend import use_kernels
 from k2.model.cache import LatentCache
 from k2.model.decode import Decoder, Prepared
 from k2.model.generate import Engine
@@ -70,8 +71,14 @@ def test_greedy_generation_in_float64_is_the_argmax_of_transformers(shape: str) 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("shape", ["plain", "groups", "two_shared", "full_query", "one_expert", "odd"])
-@pytest.mark.parametrize("rows", [1, 2, 3, 20, 120])  # every form of products and of experts
-def test_bfloat16_gives_the_logits_of_the_training_pass(shape: str, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("kernels", "rows"), [("auto", 20), ("torch", 1), ("torch", 2), ("torch", 20)]
+)  # every form of products and of experts
+def test_bfloat16_gives_the_logits_of_the_training_pass(
+    shape: str, kernels: Kernels, rows: int, request: pytest.FixtureRequest
+) -> None:
+    request.addfinalizer(lambda: use_kernels("auto"))
+    use_kernels(kernels)
     model = build(SHAPES[shape]).float()
     tokens = torch.randint(90, (rows, 6), generator=torch.Generator().manual_seed(3))
     model.compute_dtype = torch.float32
@@ -99,22 +106,6 @@ def last_logits(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
     decoder = Decoder(Prepared(model), rows, 6)
     decoder.prefill(tokens[:, :5], torch.arange(rows))
     return decoder.step(tokens[:, 5].tolist(), [5] * rows)
-
-
-@torch.inference_mode()
-def test_without_packing_the_engine_warns_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = build(TINY).float()
-    model.compute_dtype = torch.bfloat16
-    tokens = torch.randint(90, (20, 6), generator=torch.Generator().manual_seed(1))
-    packed = last_logits(model, tokens)
-    products._packing.cache_clear()
-    monkeypatch.setattr(products, "PACK", "_no_such_operator")
-    plain = last_logits(model, tokens)
-    products._packing.cache_clear()
-    assert [record.message for record in caplog.records if "packed" in record.message] == [caplog.records[0].message]
-    assert (packed - plain).abs().median() < 0.02
 
 
 def test_the_cache_holds_576_of_20480_values() -> None:

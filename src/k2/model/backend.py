@@ -13,6 +13,7 @@ from torch import Tensor
 
 from k2.config.base import Kernels
 from k2.kernels import cpu
+from k2.kernels.cpu.build import library
 
 HALF = (torch.bfloat16, torch.float16)
 """What the tiles of matrix products are made for: twice as wide operands do not fit."""
@@ -47,6 +48,11 @@ def kernels_for(x: Tensor, *, elementwise: bool = False) -> Any:
 def runs_in_c(x: Tensor) -> bool:
     """Whether `k2.kernels.cpu` is to work on `x`."""
     return _choice == "auto" and cpu.serves(x)
+
+
+def draws_in_c(logits: Tensor) -> bool:
+    """Whether `k2.kernels.cpu.decode.draw` is to choose tokens by these logits."""
+    return _choice == "auto" and logits.dtype == torch.float32 and logits.is_cpu and library() is not None
 
 
 def _interprets() -> bool:

@@ -3,10 +3,13 @@
 Letters in shapes: N layers, S cache rows, L slots of a row, K latent rank, R rotary, C = K + R, B batch.
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from k2.config.model import ModelConfig
+from k2.kernels.cpu.decode import SLACK
 from k2.model.layout import cache_values_per_token
 
 
@@ -15,7 +18,8 @@ class LatentCache:
 
     def __init__(self, config: ModelConfig, rows: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (config.num_hidden_layers, rows, length, cache_values_per_token(config))
-        self.values_NSLC = torch.zeros(shape, dtype=dtype, device=device)
+        memory = torch.zeros(prod(shape) + SLACK, dtype=dtype, device=device)
+        self.values_NSLC = memory[: prod(shape)].view(shape)
         self.dtype = dtype
         self._layers = [(values_SLC, values_SLC.flatten(0, 1)) for values_SLC in self.values_NSLC]
         self._starts_S = torch.arange(rows, device=device) * length

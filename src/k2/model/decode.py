@@ -1,14 +1,12 @@
 """The forward pass of generation: prompts fill the latent cache, then one token per row and step.
 
-Keys and values are never expanded: queries are projected into the latent space and attention runs over the cache
-itself (DeepSeek-V2, arXiv 2405.04434, section 2.1.2, "absorption"). Few tokens make a step a matter of operators and
-of memory traffic, not of arithmetic; so a weight version is prepared once. Gains of norms and the scale of attention
-go into the matrix that follows, query and key projections become one matrix, and a token's latents are handled as
-one more head of its queries. The residual stream is at least float32, and so is attention over the cache on a CPU,
-which has no fast batched products in bfloat16.
+Attention runs over the cache itself. Few tokens make a step a matter of operators and of memory traffic, not of
+arithmetic; so a weight version is prepared once, as `k2.model.folding` describes. Bfloat16 on a CPU runs through all
+layers in C (`k2.kernels.cpu.decode`). What follows here is the same in torch's operators, with a token's latents as one
+more head of its queries. The residual stream is at least float32, and on a CPU so is attention over the cache.
 
-Letters in shapes: T tokens, B batch rows, L length, D hidden, H heads, X query/key width of a head, N content part
-of it, R rotary part of it, V value width of a head or vocabulary, K latent rank, C = R + K, I inputs.
+Letters in shapes: T tokens, B batch rows, L length, D hidden, H heads, R rotary part of a head, V value width of a head
+or vocabulary, K latent rank, C = R + K.
 """
 
 from math import sqrt
@@ -16,12 +14,14 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from k2.kernels import cpu
+from k2.kernels.cpu.decode import PackedModel, Stepper
 from k2.model.backend import runs_in_c
 from k2.model.cache import LatentCache
+from k2.model.folding import fold_attention, gain, layer_weights
 from k2.model.layers import GatedMLP, RMSNorm, upcast
+from k2.model.layout import cache_values_per_token, routed_scaling
 from k2.model.mixture import DenseMLP, Mixture
-from k2.model.mla import LatentAttention
+from k2.model.mla import LATENT_NORM_EPS, LatentAttention
 from k2.model.products import Product
 from k2.model.rope import rotary_tables
 from k2.model.transformer import DecoderLayer, Transformer
@@ -38,6 +38,10 @@ class Decoder:
         self.cache = LatentCache(config, rows, length, attention_dtype(model.dtype, device), device)
         self.slots_L = torch.arange(length, device=device)
         self.turns_L1R = torch.complex(*rotary_tables(config, self.slots_L, model.wide))[:, None]
+        self.stepper: Stepper | None = None
+        if model.packed is not None:
+            self.rows_S = torch.arange(rows)
+            self.stepper = Stepper(model.packed, self.cache.values_NSLC, torch.view_as_real(self.turns_L1R))
 
     def prefill(self, tokens_BL: Tensor, rows_B: Tensor) -> None:
         """Store the latents of right-padded prompts in cache rows `rows_B`.
@@ -45,6 +49,10 @@ class Decoder:
         Causality keeps padding out: it comes after every real token, and decoding overwrites its slots.
         """
         batch, length = tokens_BL.shape
+        if self.stepper is not None:
+            places = rows_B.repeat_interleave(length), self.slots_L[:length].repeat(batch)
+            self.stepper.fill(tokens_BL.flatten(), *places)
+            return
         heads = _Heads(self.model, self.turns_L1R[:length].repeat(batch, 1, 1))
         x_TD = self.model.embed(tokens_BL.flatten())
         last = len(self.model.layers) - 1
@@ -58,6 +66,8 @@ class Decoder:
     def step(self, tokens: list[int], slots: list[int]) -> Tensor:
         """Put row b's token into slot `slots[b]`; logits [B, V] of the tokens that follow."""
         tokens_B, slots_B = torch.tensor([tokens, slots], device=self.model.device)
+        if self.stepper is not None:
+            return self.stepper.logits(tokens_B, self.rows_S[: len(tokens)], slots_B)
         longest, bias_B1L = max(slots) + 1, None
         if min(slots) + 1 < longest:
             later_BL = self.slots_L[:longest] > slots_B[:, None]
@@ -101,10 +111,17 @@ class Prepared:
         self.config, self.dtype, self.device = model.config, model.compute_dtype, model.embed_tokens.weight.device
         self.wide = torch.promote_types(self.dtype, torch.float32)
         self.embedding_VD = model.embed_tokens.weight.data.to(self.dtype)
-        layers = (layer for layer in model.layers.values() if isinstance(layer, DecoderLayer))
-        self.layers = [_Layer(layer, self.dtype) for layer in layers]
         self.norm = _Norm(model.norm, self.dtype)
-        self.head = Product((model.lm_head.weight.data * self.norm.gain_D).to(self.dtype))
+        head_VD = model.lm_head.weight.data * gain(model.norm, self.dtype)
+        layers = (layer for layer in model.layers.values() if isinstance(layer, DecoderLayer))
+        self.packed: PackedModel | None = None
+        if runs_in_c(self.embedding_VD):
+            folded = (layer_weights(layer, self.dtype) for layer in layers)
+            constants = {"scaling": routed_scaling(self.config), "latent_eps": LATENT_NORM_EPS}
+            self.packed = PackedModel(self.config, folded, self.embedding_VD.contiguous(), head_VD, **constants)
+            return
+        self.head = Product(head_VD.to(self.dtype))
+        self.layers = [_Layer(layer, self.dtype) for layer in layers]
 
     def embed(self, tokens_T: Tensor) -> Tensor:
         """Token numbers to the residual stream [T, D]."""
@@ -116,14 +133,13 @@ class Prepared:
 
 
 class _Norm:
-    """x over its length, in `dtype`; `gain` is what the matrix that follows has to be multiplied with."""
+    """x over its length, in `dtype`."""
 
     def __init__(self, norm: RMSNorm, dtype: torch.dtype) -> None:
-        width = len(norm.weight)
-        self.gain_D = norm.weight.data.to(torch.promote_types(dtype, torch.float32)) * sqrt(width)
-        self.square_floor, self.dtype = width * norm.eps, dtype
-        self.floor = self.gain_D.new_tensor(sqrt(self.square_floor))
-        self.in_c = runs_in_c(self.gain_D.to(dtype))
+        self.dtype = dtype
+        self.floor = norm.weight.new_tensor(
+            sqrt(len(norm.weight) * norm.eps), dtype=torch.promote_types(dtype, torch.float32)
+        )
 
     def length(self, x: Tensor) -> Tensor:
         """sqrt(sum of squares + width * eps) of each row."""
@@ -132,8 +148,6 @@ class _Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """From float32 or wider to the precision of products."""
-        if self.in_c:
-            return cpu.unit_rows(x, self.square_floor)
         return torch.div(x, self.length(x)).to(self.dtype)
 
 
@@ -144,8 +158,8 @@ class _Layer:
         self.normed, self.normed_again = (
             _Norm(norm, dtype) for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         )
-        self.attention = _Attention(layer.self_attn, self.normed.gain_D, dtype)
-        mlp, gain_D = layer.mlp, self.normed_again.gain_D
+        self.attention = _Attention(layer.self_attn, gain(layer.input_layernorm, dtype), dtype)
+        mlp, gain_D = layer.mlp, gain(layer.post_attention_layernorm, dtype)
         self.mlp = DenseMLP(mlp, gain_D, dtype) if isinstance(mlp, GatedMLP) else Mixture(mlp, gain_D, dtype)
 
     def feed_forward(self, x_TD: Tensor) -> None:
@@ -157,22 +171,16 @@ class _Attention:
     """Latent attention; the first projections of queries and latents are one matrix."""
 
     def __init__(self, attention: LatentAttention, gain_D: Tensor, dtype: torch.dtype) -> None:
-        config, wide = attention.config, gain_D.dtype
-        heads, rank, self.rotary = config.num_attention_heads, config.kv_lora_rank, config.qk_rope_head_dim
-        self.latent_norm, self.dtype = _Norm(attention.kv_a_layernorm, wide), dtype
-        self.attends = attention_dtype(dtype, gain_D.device)
-        expand_HXK = (attention.kv_b_proj.weight.data * self.latent_norm.gain_D).view(heads, -1, rank)
-        keys_HNK, values_HVK = expand_HXK.split_with_sizes([config.qk_nope_head_dim, config.v_head_dim], 1)
-        self.values_HKV = values_HVK.mT.to(self.attends)
-        if config.q_lora_rank is None:
-            self.q_norm, first_ID = None, _absorb(attention.q_proj.weight.data, keys_HNK, attention.scale)
-        else:
-            self.q_norm, first_ID = _Norm(attention.q_a_layernorm, dtype), attention.q_a_proj.weight.data
-            absorbed = _absorb(attention.q_b_proj.weight.data, keys_HNK, attention.scale)
-            self.q_b = Product((absorbed * self.q_norm.gain_D).to(dtype))
-        second_CD = attention.kv_a_proj_with_mqa.weight.data.roll(self.rotary, 0)
-        self.split = [len(first_ID), len(second_CD)]
-        self.joined = Product((torch.cat([first_ID, second_CD]) * gain_D).to(dtype))
+        self.rotary, wide = attention.config.qk_rope_head_dim, gain_D.dtype
+        self.latent_norm, self.q_norm = _Norm(attention.kv_a_layernorm, wide), None
+        self.dtype, self.attends = dtype, attention_dtype(dtype, gain_D.device)
+        joined_OD, q_b_ZQ, values_HWK = fold_attention(attention, gain_D)
+        self.values_HKV = values_HWK.mT.to(self.attends)
+        if q_b_ZQ is not None:
+            self.q_norm, self.q_b = _Norm(attention.q_a_layernorm, dtype), Product(q_b_ZQ.to(dtype))
+        second = cache_values_per_token(attention.config)
+        self.split = [len(joined_OD) - second, second]
+        self.joined = Product(joined_OD.to(dtype))
         self.output = Product(attention.o_proj.weight.data.to(dtype))
 
     def project(self, x_TD: Tensor, heads: _Heads) -> None:
@@ -215,14 +223,6 @@ class _Attention:
         values = torch.empty(len(x_TD), self.output.inputs, dtype=self.dtype, device=x_TD.device)
         values.view(len(x_TD), len(values_HTV), -1).copy_(values_HTV.transpose(0, 1))
         x_TD.add_(self.output(values))
-
-
-def _absorb(query_XI: Tensor, keys_HNK: Tensor, scale: float) -> Tensor:
-    """The query projection [H * X, I] into the latent space, scaled, rotary part first: [H * C, I]."""
-    heads, content = keys_HNK.shape[:2]
-    query_HXI = query_XI.view(heads, -1, query_XI.shape[1]) * scale
-    latent_HKI = torch.bmm(keys_HNK.mT, query_HXI[:, :content].to(keys_HNK.dtype))
-    return torch.cat([query_HXI[:, content:], latent_HKI], 1).flatten(0, 1)
 
 
 def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -1,21 +1,19 @@
-"""The MLPs of a decoding step: experts in the form that suits the number of tokens.
+"""The MLPs of a decoding step in torch's operators: experts in the form that suits the number of tokens.
 
 Letters in shapes: T tokens, D hidden, E experts, S choices per token, F expert hidden, G = 2F, P (token, expert)
-pairs, N rows.
+pairs.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from k2.kernels import cpu
-from k2.model.backend import runs_in_c
+from k2.model.folding import expert_tables
 from k2.model.layers import GatedMLP
 from k2.model.moe import MixtureOfExperts
-from k2.model.products import ExpertProducts, Product, packs, sums
+from k2.model.products import ExpertProducts, Product, sums
 
 FEW_TOKENS = 16  # up to here a sum of rows for each pair is fastest
-PADDED_ROWS = 32  # up to so many rows an expert in the mean, one batched product of padded blocks is
 
 
 class DenseMLP:
@@ -31,8 +29,6 @@ class DenseMLP:
 
 
 def _gated(gate_up: Tensor) -> Tensor:
-    if runs_in_c(gate_up):
-        return cpu.gated(gate_up.flatten(0, -2)).view(*gate_up.shape[:-1], -1)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -47,15 +43,11 @@ class Mixture:
     def __init__(self, mlp: MixtureOfExperts, gain_D: Tensor, dtype: torch.dtype) -> None:
         self.router = _Router(mlp, gain_D)
         self.shared = None if mlp.shared_experts is None else DenseMLP(mlp.shared_experts, gain_D, dtype)
-        gate_up_EGD, down_EDF = mlp.experts.gate_up_proj.data, mlp.experts.down_proj.data
-        if mlp.experts.weight_transform is not None:
-            gate_up_EGD, down_EDF = (mlp.experts.weight_transform(weight) for weight in (gate_up_EGD, down_EDF))
-        self.routed = len(down_EDF)
-        gate_up_EGD, down_EDF = _with_shared(gate_up_EGD, down_EDF, mlp.shared_experts)
-        self.gate_up = ExpertProducts((gate_up_EGD * gain_D).mT.to(dtype).contiguous())
+        self.routed = len(mlp.experts.down_proj)
+        gate_up_EGD, down_EDF = expert_tables(mlp, gain_D)
+        self.gate_up = ExpertProducts(gate_up_EGD.mT.to(dtype).contiguous())
         self.down = ExpertProducts(down_EDF.mT.to(dtype).contiguous())
         self.few_tokens = FEW_TOKENS if sums(self.down.table_EIO) else 0
-        self.padded_rows = PADDED_ROWS * self.routed if packs(self.down.table_EIO) else 0
         self.shared_1S = torch.arange(self.routed, len(down_EDF), device=down_EDF.device)[None]
         self.ones_1S = torch.ones_like(self.shared_1S, dtype=dtype)
 
@@ -64,8 +56,7 @@ class Mixture:
         experts_TS, weights_TS = self.router(normed_TD)
         if len(normed_TD) <= self.few_tokens:
             return x_TD.add_(self._few(normed_TD, experts_TS, weights_TS))
-        mix = self._padded if experts_TS.numel() <= self.padded_rows else self._segmented
-        x_TD.add_(mix(normed_TD, experts_TS, weights_TS))
+        x_TD.add_(self._segmented(normed_TD, experts_TS, weights_TS))
         return x_TD if self.shared is None else self.shared(x_TD, normed_TD)
 
     def _few(self, normed_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor) -> Tensor:
@@ -81,18 +72,6 @@ class Mixture:
         outputs_PD = self.down.sums(chosen_P, _gated(self.gate_up.sums(chosen_P, rows_PD)))
         return _mix(order_P, outputs_PD, weights_TS)
 
-    def _padded(self, normed_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor) -> Tensor:
-        chosen_TE = experts_TS.new_zeros(len(normed_TD), self.routed).scatter_(1, experts_TS, 1)
-        counts_TE = chosen_TE.cumsum(0)
-        height = -(-int(counts_TE[-1].max()) // 8) * 8
-        slots_TS = counts_TE.gather(1, experts_TS).add_(experts_TS, alpha=height).sub_(1)
-        tokens_TS = torch.arange(len(normed_TD), device=slots_TS.device)[:, None].expand_as(slots_TS)
-        tokens_N = slots_TS.new_zeros(self.routed * height).scatter_(0, slots_TS.view(-1), tokens_TS.reshape(-1))
-        rows_ND = normed_TD.index_select(0, tokens_N)
-        inner = _gated(torch.bmm(rows_ND.view(self.routed, height, -1), self.gate_up.table_EIO[: self.routed]))
-        outputs_ND = torch.bmm(inner, self.down.table_EIO[: self.routed]).flatten(0, 1)
-        return F.embedding_bag(slots_TS, outputs_ND, mode="sum", per_sample_weights=weights_TS)
-
     def _segmented(self, normed_TD: Tensor, experts_TS: Tensor, weights_TS: Tensor) -> Tensor:
         chosen_P, order_P = experts_TS.view(-1).sort(stable=True)
         counts = torch.bincount(chosen_P, minlength=self.routed).tolist()
@@ -105,16 +84,6 @@ def _mix(order_P: Tensor, outputs_PD: Tensor, weights_TS: Tensor) -> Tensor:
     """Weighted sum of each token's outputs, which are ordered by expert."""
     places_TS = order_P.argsort().view_as(weights_TS)
     return F.embedding_bag(places_TS, outputs_PD, mode="sum", per_sample_weights=weights_TS)
-
-
-def _with_shared(gate_up_EGD: Tensor, down_EDF: Tensor, shared: GatedMLP | None) -> tuple[Tensor, Tensor]:
-    """Shared experts after the routed ones."""
-    if shared is None:
-        return gate_up_EGD, down_EDF
-    _, hidden, width = down_EDF.shape
-    shared_EGD = shared.gate_up_proj.weight.data.view(2, -1, width, hidden).transpose(0, 1).flatten(1, 2)
-    shared_EDF = shared.down_proj.weight.data.view(hidden, -1, width).transpose(0, 1)
-    return torch.cat([gate_up_EGD, shared_EGD]), torch.cat([down_EDF, shared_EDF])
 
 
 class _Router:

@@ -2,25 +2,20 @@
 
 One token times a matrix is a weighted sum of the matrix's rows. PyTorch's kernel for such sums, made for embedding
 tables, reads a cold matrix two to five times as fast as a general product does, and picks the rows of chosen experts
-by itself. With more tokens a general product wins, with bfloat16 matrices packed once on a CPU.
+by itself. With more tokens a general product wins. Bfloat16 on a CPU is `k2.kernels.cpu.decode`'s where C runs.
 
 Letters in shapes: T tokens, I inputs, O outputs, W width of a block of outputs, N rows of a table, E experts,
 P (token, expert) pairs.
 """
 
-import logging
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 
 import torch
 from torch import Tensor
 
 SUM_TOKENS = 2  # up to here a sum of rows is faster than a general product
 BLOCK = 256  # outputs of one sum: a row of so many bfloat16 values streams best
-PACK = "_reorder_linear_weight"
 SUMMED = (torch.float32, torch.bfloat16)  # what the kernel is made for
-
-_log = logging.getLogger(__name__)
 
 
 class Product:
@@ -28,7 +23,7 @@ class Product:
 
     def __init__(self, weight_OI: Tensor) -> None:
         self.outputs, self.inputs = weight_OI.shape
-        self.many = _general(weight_OI)
+        self.weight_IO = weight_OI.T
         self.sum_tokens = SUM_TOKENS if sums(weight_OI) else 0
         if self.sum_tokens:
             width = self.outputs if self.outputs % BLOCK else BLOCK
@@ -39,7 +34,7 @@ class Product:
         """[T, I] -> [T, O]."""
         tokens = len(x_TI)
         if tokens > self.sum_tokens:
-            return self.many(x_TI)
+            return torch.mm(x_TI, self.weight_IO)
         weights = x_TI if self.blocks == 1 else x_TI.repeat(1, self.blocks)
         rows, starts = _whole_table(tokens, self.blocks, self.inputs)
         return _sum(self.table_NW, rows, starts, weights).view(tokens, self.outputs)
@@ -91,26 +86,3 @@ def _sum(table_NO: Tensor, rows: Tensor, starts: Tensor, weights: Tensor) -> Ten
 def sums(weight: Tensor) -> bool:
     """Whether products of few tokens with such a weight are sums of its rows."""
     return weight.device.type == "cpu" and weight.dtype in SUMMED
-
-
-def _general(weight_OI: Tensor) -> Callable[[Tensor], Tensor]:
-    if packs(weight_OI):
-        packed = getattr(torch.ops.mkldnn, PACK)(weight_OI)
-        arguments = {"W": packed, "B": None, "attr": "none", "scalars": [], "algorithm": ""}
-        return partial(torch.ops.mkldnn._linear_pointwise.default, **arguments)
-    return partial(torch.mm, mat2=weight_OI.T)
-
-
-def packs(weight: Tensor) -> bool:
-    """Whether general products with such a weight read it packed."""
-    return weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and _packing()
-
-
-@cache
-def _packing() -> bool:
-    """Whether this build and processor multiply packed bfloat16 matrices; the operators are not public."""
-    operators = torch.ops.mkldnn
-    if all(hasattr(operators, name) for name in (PACK, "_linear_pointwise")) and operators._is_mkldnn_bf16_supported():
-        return True
-    _log.warning("bfloat16 matrices cannot be packed here: generation is about half as fast as it could be")
-    return False

@@ -24,7 +24,6 @@ _TYPES: Final = {"p": ctypes.c_void_p, "n": ctypes.c_long, "x": ctypes.c_float}
 _SIGNATURES: Final = {
     "rms_norm": "ppppnnx",
     "rms_norm_backward": "ppppppnn",
-    "unit_rows": "ppnnx",
     "gated": "pppnn",
     "gated_backward": "ppppppnn",
     "causal_softmax": "pppnnnnnn",
@@ -75,13 +74,6 @@ def rms_norm_backward(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, scale_N1:
     grad_x, partial = torch.empty_like(x_ND), weight_D.new_empty(-(-len(x_ND) // PARTIAL_ROWS), len(weight_D))
     _run("rms_norm_backward", grad_ND, x_ND, weight_D, scale_N1, grad_x, partial, *x_ND.shape)
     return grad_x, partial.sum(0)
-
-
-def unit_rows(x_ND: Tensor, floor: float) -> Tensor:
-    """x / sqrt(sum of squares + floor) of each row in bfloat16, from contiguous float32."""
-    out_ND = torch.empty_like(x_ND, dtype=torch.bfloat16)
-    _run("unit_rows", x_ND, out_ND, *x_ND.shape, floor)
-    return out_ND
 
 
 def gated(gate_up_NG: Tensor, scale_N: Tensor | None = None) -> Tensor:

@@ -15,13 +15,15 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-SOURCES: Final = tuple(Path(__file__).with_name(name) for name in ("kernels.c", "vectors.h"))
+SOURCES: Final = tuple(sorted(Path(__file__).parent.glob("*.[ch]")))
 FLAGS: Final = ("-O3", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC", "-Wno-psabi")
+_V4: Final = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 LEVELS: Final = {
-    "x86-64-v4": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "x86-64-v4+avx512bf16": _V4 | {"avx512_bf16"},
+    "x86-64-v4": _V4,
     "x86-64-v3": {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
 }
-"""What a processor must have for gcc's `-march` of that name, best first."""
+"""What a processor must have for gcc's `-march` of that name and the extensions after it, best first."""
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_built()))
     except (OSError, subprocess.SubprocessError) as error:
-        _log.warning("K2's CPU kernels are not used, training is slower: %s", _reason(error))
+        _log.warning("K2's CPU kernels are not used, training and generation are slower: %s", _reason(error))
         return None
 
 
@@ -50,10 +52,12 @@ def build(folder: Path, target: str) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     compiler = os.environ.get("CC", "cc").split()
-    march = [f"-march={target}"] if target.startswith("x86-64") else []
+    level, *extensions = target.split("+")
+    march = [f"-march={level}", *(f"-m{name}" for name in extensions)] if level.startswith("x86-64") else []
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         made = Path(aside, _name(target))
-        command = [*compiler, *FLAGS, *march, str(SOURCES[0]), "-o", str(made), "-lm"]
+        sources = [str(path) for path in SOURCES if path.suffix == ".c"]
+        command = [*compiler, *FLAGS, *march, *sources, "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         return made.replace(folder / made.name)
 

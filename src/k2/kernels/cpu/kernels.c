@@ -7,20 +7,6 @@
 
 #define ROWS 64  // rows of one partial sum over rows: fixed, so that no number of threads changes a sum
 
-// Statements for every LANES values of a row: `i` is the first one and `n` their number, which is less at the end only.
-#define EACH(width, ...)                     \
-    {                                        \
-        long i = 0;                          \
-        for (; i + LANES <= width; i += LANES) { \
-            enum { n = LANES };              \
-            __VA_ARGS__                      \
-        }                                    \
-        if (i < width) {                     \
-            long n = width - i;              \
-            __VA_ARGS__                      \
-        }                                    \
-    }
-
 // x / sqrt(mean(x^2) + eps) * weight; keeps the factor of every row.
 void rms_norm(const bf16 *x, const float *weight, bf16 *out, float *scale, long rows, long width, float eps) {
 #pragma omp parallel for schedule(static)
@@ -55,19 +41,6 @@ void rms_norm_backward(const bf16 *grad, const bf16 *x, const float *weight, con
                 floats direct = load(g + i, n) * load_wide(weight + i, n) * factor;
                 store(to + i, direct + load(v + i, n) * share, n);)
         }
-    }
-}
-
-// x / sqrt(sum of squares + floor) of each row, from float32.
-void unit_rows(const float *x, bf16 *out, long rows, long width, float floor) {
-#pragma omp parallel for schedule(static)
-    for (long row = 0; row < rows; row++) {
-        const float *from = x + row * width;
-        bf16 *to = out + row * width;
-        floats squares = {0};
-        EACH(width, floats v = load_wide(from + i, n); squares += v * v;)
-        float factor = 1.0f / sqrtf(sum(squares) + floor);
-        EACH(width, store(to + i, load_wide(from + i, n) * factor, n);)
     }
 }
 

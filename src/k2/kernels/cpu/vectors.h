@@ -85,6 +85,20 @@ static inline void store_wide(float *to, floats x, long count) {
     else memcpy(to, &x, count * sizeof *to);
 }
 
+// Statements for every LANES values of a row: `i` is the first one and `n` their number, which is less at the end only.
+#define EACH(width, ...)                     \
+    {                                        \
+        long i = 0;                          \
+        for (; i + LANES <= width; i += LANES) { \
+            enum { n = LANES };              \
+            __VA_ARGS__                      \
+        }                                    \
+        if (i < width) {                     \
+            long n = width - i;              \
+            __VA_ARGS__                      \
+        }                                    \
+    }
+
 // Lanes combined in halves, in an order that does not depend on the compiler.
 #define FOLD(x, combine)                               \
     float lanes[LANES];                                \
