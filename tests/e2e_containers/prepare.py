@@ -1,4 +1,4 @@
-"""Bring Debian's container tools and build the CPU image and the store's from Debian's own packages.
+"""Bring Debian's container tools and hadolint, and build the CPU image and the store's from Debian's own packages.
 
 python -m tests.e2e_containers.prepare      prints their names as variables
 """
@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from images import build
+from manifests import tools
 
 PACKAGES = (
     *("buildah", "conntrack", "containerd", "containernetworking-plugins", "curl", "dnsmasq-base", "docker-registry"),
@@ -34,8 +35,17 @@ def install() -> None:
         subprocess.run(command, check=True, stdout=sys.stderr, env=quiet)
 
 
+def linter() -> None:
+    """Fetch hadolint, which reads the Dockerfiles; where it cannot be had, its test is skipped, and this says why."""
+    try:
+        tools.fetch("hadolint")
+    except subprocess.CalledProcessError as error:
+        print(f"hadolint cannot be fetched, so Dockerfiles are not linted: {error}", file=sys.stderr)
+
+
 if __name__ == "__main__":
     install()
+    linter()
     base, build_base = build.debian_base(build.PACKAGES), build.debian_base(build.BUILD_PACKAGES)
     for variable, kind in (("K2_IMAGE", "cpu"), ("K2_STORE_IMAGE", "store")):
         print(f"{variable}={build.build(kind, base, build_base, offline=True)}")

@@ -11,9 +11,9 @@ from k2.sandbox.contract import Limits, Result
 from k2.sandbox.pod import PodSandbox
 from tests.e2e_containers.daemons import wait
 from tests.e2e_k8s.cluster import Object
-from tests.e2e_k8s.conftest import SPACE, Platform
-from tests.e2e_k8s.pods import WORKFLOWS, placement
-from tests.e2e_k8s.test_jobs import SECONDS, account, started, step
+from tests.e2e_k8s.conftest import RUNNER, SPACE, Platform
+from tests.e2e_k8s.pods import WORKFLOWS, cluster_of, placement, step
+from tests.e2e_k8s.test_jobs import SECONDS, started
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 LIMITS = Limits(wall_s=20.0, memory="256Mi", disk="16Mi", processes=32)
@@ -62,7 +62,7 @@ def sandbox(platform: Platform, **where: Any) -> PodSandbox:
         "default_pool": "light",
         "sandbox": where,
     }
-    return PodSandbox(account(platform), Deployment.model_validate(deployment))
+    return PodSandbox(cluster_of(platform, RUNNER), Deployment.model_validate(deployment))
 
 
 def ran(platform: Platform, code: str, limits: Limits = LIMITS, **where: Any) -> Result:
@@ -122,7 +122,7 @@ def test_a_sandbox_goes_with_the_run_that_started_it(platform: Platform, monkeyp
     workflow = started(platform, "run-3")
     platform.kubernetes.apply(step("step-3", workflow, placement(platform.image, "rl"), "sleep", "600"))
     monkeypatch.setenv("K2_POD_NAME", "step-3")
-    account(platform).create(PODS, sandbox(platform).pod("k2-sandbox-orphan", ["true"], {}, LIMITS))
+    cluster_of(platform, RUNNER).create(PODS, sandbox(platform).pod("k2-sandbox-orphan", ["true"], {}, LIMITS))
     assert left(platform) == ["k2-sandbox-orphan"]
     platform.kubernetes.kubectl("delete", "workflow", "run-3", f"-n={SPACE}", "--cascade=background")
     wait(lambda: not left(platform), SECONDS, lambda: str(left(platform)))

@@ -1,8 +1,8 @@
 """No secret in the repository or in what it renders; dependencies are pinned, consistent, and of known licences."""
 
-import importlib.metadata
 import re
 import subprocess
+import sysconfig
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,24 +12,12 @@ import yaml
 
 from k2.config.deployment import Deployment
 from k2.platform.render import RECIPES, render
+from manifests import contents
+from manifests.contents import PATTERNS, normal, pins, secrets
 from tests.manifests.render import ROOT, kustomize
 from tests.platform.conftest import DEPLOYMENTS
 
-PATTERNS = {
-    "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "AWS access key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{36}\b|\bgithub_pat_[A-Za-z0-9_]{40,}",
-    "GitLab token": r"\bglpat-[A-Za-z0-9_-]{20}",
-    "Hugging Face token": r"\bhf_[A-Za-z]{34}\b",
-    "API key": r"\bsk-(?:ant-|proj-)?[A-Za-z0-9_-]{24,}",
-    "Slack token": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
-    "Google API key": r"\bAIza[0-9A-Za-z_-]{35}\b",
-    "JSON web token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
-    "password in a URL": r"\b[a-z][a-z0-9+]*://[^\s/:@\"'{}<>*]+:[^\s/:@\"'{}<>*]{6,}@[a-z0-9]",
-    "assigned secret": r"(?i)(?:secret|token|password|passwd|api_?key|access_?key)[a-z_]*[\"']?\s*[:=]\s*[\"']"
-    r"(?=[^\"']*\d)(?=[^\"']*[A-Za-z])[A-Za-z0-9+/_=-]{20,}[\"']",
-}
-SCAN = {name: re.compile(pattern) for name, pattern in PATTERNS.items()}
+SITE = Path(sysconfig.get_paths()["purelib"])
 SAMPLES = {
     "private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
     "AWS access key": "AKIA" + "IOSFODNN7EXAMPLE",
@@ -54,18 +42,6 @@ KNOWN = {
     for path in ("tests/generation/test_openai.py", "tests/platform/test_deployment.py", "tests/store/test_client.py")
 }
 """These prove that such URLs are refused or masked."""
-ALLOWED = re.compile(
-    r"apache|\bmit\b|bsd|isc|psf|python software foundation|mpl|mozilla|zlib|unlicense|public domain|cc0|hpnd|cnri",
-    re.IGNORECASE,
-)
-COPYLEFT = re.compile(r"\b(?:A?GPL|SSPL|EUPL)|proprietary|non-?commercial", re.IGNORECASE)
-UNSTATED = {"zss"}
-"""Packages whose metadata say nothing; their repository was read."""
-
-
-def found(text: str) -> list[str]:
-    """Which patterns a text has."""
-    return [name for name, pattern in SCAN.items() if pattern.search(text)]
 
 
 def committed() -> Iterator[Path]:
@@ -75,15 +51,15 @@ def committed() -> Iterator[Path]:
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_the_scan_can_fail(name: str) -> None:
-    assert name in found(f"x = 1\n{SAMPLES[name]}\n")
-    assert found('key = "models/hidden_size"\nuri = "http://host:8333/bucket"\nsha256 = "' + "0f" * 32 + '"\n') == []
+    assert name in secrets(f"x = 1\n{SAMPLES[name]}\n")
+    assert secrets('key = "models/hidden_size"\nuri = "http://host:8333/bucket"\nsha256 = "' + "0f" * 32 + '"\n') == []
 
 
 def test_the_repository_has_no_secret() -> None:
     leaks = {
         str(path.relative_to(ROOT)): names
         for path in committed()
-        if (names := found(path.read_text(encoding="utf-8", errors="replace")))
+        if (names := secrets(path.read_text(encoding="utf-8", errors="replace")))
     }
     assert leaks == KNOWN
 
@@ -96,7 +72,7 @@ def test_what_is_compiled_has_none_even_where_the_environment_has(file: str, mon
     for pipeline in RECIPES:
         rendering = render(pipeline, deployment)
         text = rendering.ir() + rendering.resources("kubeflow", "")
-        assert found(text) == []
+        assert secrets(text) == []
         assert not [value for value in PLANTED.values() if value in text]
         assert "K2_S3_SECRET_KEY" in text, "it comes from a Secret, by name"
 
@@ -105,16 +81,7 @@ def test_what_is_compiled_has_none_even_where_the_environment_has(file: str, mon
 def test_manifests_bring_no_secret_but_name_them(overlay: str) -> None:
     objects = kustomize(f"manifests/overlays/{overlay}")
     assert not [each for each in objects if each["kind"] == "Secret"]
-    assert found(yaml.safe_dump_all(objects)) == []
-
-
-def pins(file: str) -> list[tuple[str, str]]:
-    lines = [line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines()]
-    return [(normal(line.partition("==")[0]), line.partition("==")[2]) for line in lines if line]
-
-
-def normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+    assert secrets(yaml.safe_dump_all(objects)) == []
 
 
 def test_the_lock_pins_everything_once_and_agrees_with_the_project() -> None:
@@ -133,20 +100,9 @@ def test_the_lock_pins_everything_once_and_agrees_with_the_project() -> None:
 
 def test_what_is_installed_is_what_the_lock_says_and_nothing_else() -> None:
     """So a bill of materials made from what is installed is one of the lock."""
-    locked = dict([*pins("requirements.lock"), *pins("requirements-nodeps.lock")])
-    installed = {normal(each.metadata["Name"]): each.version for each in importlib.metadata.distributions()}
-    other = {name: version for name, version in installed.items() if version.partition("+")[0] != locked.get(name)}
-    assert set(other) <= {"k2", "pip", "setuptools", "wheel"}
-    assert set(locked) <= set(installed)
+    assert contents.unlocked(SITE) == []
+    assert set(contents.locked()) <= set(contents.versions(SITE))
 
 
 def test_every_dependency_states_a_licence_that_may_be_shipped() -> None:
-    unstated = set()
-    for each in importlib.metadata.distributions():
-        name, about = normal(each.metadata["Name"]), each.metadata
-        classifiers = [line for line in about.get_all("Classifier") or [] if line.startswith("License ::")]
-        stated = about.get("License-Expression") or " ".join([*classifiers, (about.get("License") or "")[:200]])
-        assert not COPYLEFT.search(stated), f"{name}: {stated}"
-        if not ALLOWED.search(stated):
-            unstated.add(name)
-    assert unstated - {"k2"} <= UNSTATED
+    assert contents.unlicensed(SITE) == []
