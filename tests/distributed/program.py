@@ -86,6 +86,28 @@ def alone(dtype: torch.dtype, steps: int, notes: Sequence[str] = ()) -> dict[str
     return {"weights": whole.state_dict(), "reports": reports, "clips": clips, "choices": choices.seen(), "state": size}
 
 
+class Maxima:
+    """Within its context, notes what this rank brings to every MAX all-reduce, and what it gets."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __enter__(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        self._reduce = dist.all_reduce
+        dist.all_reduce = self._noted
+        return self.found
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_reduce = self._reduce
+
+    def _noted(self, tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, **options: Any) -> Any:
+        before = tensor.clone()
+        work = self._reduce(tensor, op, **options)
+        if op == dist.ReduceOp.MAX:
+            self.found.append((before, tensor.clone()))
+        return work
+
+
 def together(mesh: Mesh, notes: list[str], choices: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the ranks hold in the end, and what this one does."""
     dtype, steps, expected = torch.float32 if "narrow" in notes else torch.float64, 5, None
@@ -96,7 +118,7 @@ def together(mesh: Mesh, notes: list[str], choices: Path, folder: Path) -> tuple
         part = typed(empty(dtype, notes), dtype, notes)
     plan = DistributedPlan(mesh, part, seed=0)
     state = TrainState(part, plan.optimizer(OPTIMIZER))
-    with Choices(part, expected, "replayed" in notes) as chosen:
+    with Choices(part, expected, "replayed" in notes) as chosen, Maxima() as maxima:
         reports = train(state, steps, plan)
     write_weights(part.state_dict(), plan.published(part), folder)
     dense = {n: digest(w) for n, w in sorted(part.state_dict().items()) if ".experts." not in n}
@@ -105,6 +127,7 @@ def together(mesh: Mesh, notes: list[str], choices: Path, folder: Path) -> tuple
         "dense": dense,
         "experts": experts,
         "state": state_size(state),
+        "maxima": maxima,
         "flips": chosen.flips,
         "choices": chosen.tokens,
     }

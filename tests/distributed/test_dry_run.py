@@ -31,7 +31,7 @@ def test_exchanges_of_a_step_are_counted() -> None:
     hidden = 2 * CONFIG.context_length * CONFIG.model.hidden_size
     for each in (first, last):
         assert (each.collectives["send"].count, each.collectives["send"].bytes) == (count, count * hidden)
-        assert each.collectives["allreduce"].count == 5
+        assert each.collectives["allreduce"].count == 6
         assert each.collectives["reduce_scatter"].count == each.collectives["allgather"].count == 2
         assert each.collectives["reduce_scatter"].bytes >= 4 * each.parameters
     exchanges = [dry_run(CONFIG, LAYOUT, rank).collectives["alltoall"] for rank in (0, 4)]
@@ -40,6 +40,16 @@ def test_exchanges_of_a_step_are_counted() -> None:
     assert sum(each.count for each in exchanges) == 7 * times
     each_time = 8 * CONFIG.model.n_routed_experts + rows * (4 * 2 * CONFIG.model.hidden_size + 2 * 4)
     assert sum(each.bytes for each in exchanges) == pytest.approx(each_time * times, rel=1e-6)
+
+
+def test_more_layers_and_heads_are_no_more_reductions() -> None:
+    shape = {"num_hidden_layers": 6, "num_attention_heads": 2 * CONFIG.model.num_attention_heads}
+    larger = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update=shape)})
+    here, there = (dry_run(config, LAYOUT, 0).collectives["allreduce"] for config in (CONFIG, larger))
+    assert here.count == there.count
+    heads = [config.model.num_hidden_layers * config.model.num_attention_heads for config in (CONFIG, larger)]
+    counts = [config.model.mixture_layers * config.model.n_routed_experts for config in (CONFIG, larger)]
+    assert there.bytes - here.bytes == 4 * (heads[1] - heads[0] + counts[1] - counts[0])
 
 
 @pytest.mark.parametrize(

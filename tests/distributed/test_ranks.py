@@ -127,6 +127,18 @@ def check_ranks(folder: Path, name: str, state: int) -> None:
         assert max(states) < 2 * sum(states) / len(states)
 
 
+def check_maxima(folder: Path, name: str, steps: int) -> None:
+    """QK-Clip's maxima of all layers and heads are those of all ranks after one reduction a step."""
+    own = [torch.load(folder / f"{name}.{rank}.pt")["maxima"] for rank in range(layout_of(name)[0].ranks)]
+    assert {len(found) for found in own} == {steps}
+    for reductions in zip(*own, strict=True):
+        largest = torch.stack([before for before, _ in reductions]).amax(0)
+        assert largest.shape == (CONFIG.num_hidden_layers, CONFIG.num_attention_heads)
+        assert largest.isfinite().all()
+        assert all(torch.equal(after, largest) for _, after in reductions)
+        assert any(not torch.equal(before, largest) for before, _ in reductions)
+
+
 @pytest.mark.parametrize(("ranks", "name"), [pytest.param(*each, marks=many(each[0])) for each in ALL])
 def test_ranks_make_the_steps_of_one(
     trained: Callable[[int], Path], ranks: int, name: str, reference: dict[str, Any]
@@ -134,6 +146,7 @@ def test_ranks_make_the_steps_of_one(
     check(trained(ranks), name, reference)
     check_ranks(trained(ranks), name, reference["state"])
     check_files(trained(ranks), name)
+    check_maxima(trained(ranks), name, len(reference["reports"]))
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [(STORED[0], 1e-9), (STORED[1], 1e-9), (STORED[2], 2**-8)])

@@ -102,6 +102,7 @@ def dry_run(config: PretrainConfig, layout: Layout, rank: int) -> DryRun:
             optimizer = plan.optimizer(config.optimizer)
             with _Counter() as counter:
                 _exchange(plan, optimizer, config.model)
+                plan.max_(torch.zeros(mesh.world_size + 1, dtype=torch.float64))  # `plan.after`, which reads values
         held = sum(parameter.numel() for parameter in model.parameters())
         owned = sum(parameter.numel() for parameter in optimizer.trained())
         _add_forward_and_backward(counter.found, config, mesh, model)
