@@ -128,10 +128,21 @@ def together(mesh: Mesh, notes: list[str], choices: Path, folder: Path) -> tuple
         "experts": experts,
         "state": state_size(state),
         "maxima": maxima,
+        "buffers": buffers(plan),
         "flips": chosen.flips,
         "choices": chosen.tokens,
     }
     return {"weights": dict(plan.weights()), "reports": reports, "clips": state.optimizer.qk_clip.counts}, own
+
+
+def buffers(plan: DistributedPlan) -> list[str]:
+    """Where the pipeline's receive buffers are after a step."""
+    schedule = plan._pipeline[1]._schedule if plan._pipeline else None
+    stages = [] if schedule is None else getattr(schedule, "_stages", None) or [schedule._stage]
+    infos = (
+        each for stage in stages for kind in (stage.args_recv_info, stage.grad_recv_info) for each in kind.values()
+    )
+    return [info.buffer.device.type for each in infos for info in each if info.buffer is not None]
 
 
 def state_size(state: TrainState) -> int:

@@ -125,6 +125,7 @@ def check_ranks(folder: Path, name: str, state: int) -> None:
     for stage in range(layout.pp):
         states = [found["state"] for found in own[stage * layout.data_parallel :][: layout.data_parallel]]
         assert max(states) < 2 * sum(states) / len(states)
+    assert {place for found in own for place in found["buffers"]} == ({"meta"} if layout.pp > 1 else set())
 
 
 def check_maxima(folder: Path, name: str, steps: int) -> None:

@@ -33,7 +33,7 @@ def document() -> dict[str, Any]:
         ("pools/gpu/accelerator/num", 8, "pools.gpu.accelerator.num: there is no field 'num' here; the fields are res"),
         ("pools/gpu/image", "cuda", "pools.gpu.image: there is no image 'cuda'; the images are cpu, gpu"),
         ("pools/gpu/memory", "lots", "pools.gpu.memory: 'lots' is no amount; write it as 500m, 2 or 4Gi"),
-        ("pools/gpu/cpu", [2], "pools.gpu.cpu: Input should be a valid string"),
+        ("pools/gpu/cpu", [2], "pools.gpu.cpu: must be text, found [2]"),
         (
             "pools/gpu/cpu",
             "2Gi",

@@ -140,11 +140,11 @@ def test_of_two_who_apply_one_wins_and_the_other_is_told(
         ),
         ({"cron": "0 24 * * *"}, "schedules.nightly.cron: '24' is no hour; allowed are .*, 0-23"),
         ({"cron": "@daily"}, "has 1 fields"),
-        ({"max_concurrency": 11}, "schedules.nightly.max_concurrency: Input should be less than or equal to 10"),
+        ({"max_concurrency": 11}, "schedules.nightly.max_concurrency: must be at most 10, found 11"),
         ({"parameters": {"run": "x"}}, "schedules.nightly: parameters.run: every run of a schedule needs its own name"),
         ({"guards": {"budget": 1}, "parameters": {"budget": 2}}, "guards are given under guards"),
         ({"guard": {}}, "schedules.nightly.guard: there is no field 'guard' here; the fields are cron, pipeline"),
-        ({"cron": None}, "schedules.nightly.cron: Input should be a valid string"),
+        ({"cron": None}, "schedules.nightly.cron: must be text, found None"),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_fix(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

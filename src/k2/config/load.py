@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from k2.config.base import Section
 from k2.config.k2 import K2Config
+from k2.config.reason import reason
 from k2.errors import UserError
 
 
@@ -126,9 +127,7 @@ def _explain(item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
         return f"{path}: no such field; {_known(item['loc'])}"
-    message = item["msg"].removeprefix("Value error, ")
-    shown = "" if item["type"] == "value_error" else f" (got {item['input']!r})"
-    return f"{path}: {message}{shown}" if path else message
+    return f"{path}: {reason(item)}" if path else reason(item)
 
 
 def _known(location: tuple[str | int, ...]) -> str:

@@ -1,7 +1,9 @@
 """A stage of torch's pipeline that receives into memory which is there only while a micro-batch is in flight.
 
 Torch has a buffer for the hidden states of every micro-batch of a step, and one for their gradients: of a thousand
-micro-batches that would be more than everything else.
+micro-batches that would be more than everything else. Torch has no public way to say when, so two private methods and
+the attributes `args_recv_info` and `grad_recv_info` are relied upon; tests/distributed/test_stage.py tells when another
+version of torch has them otherwise.
 """
 
 from collections.abc import Iterable, Iterator

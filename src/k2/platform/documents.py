@@ -1,14 +1,16 @@
 """Reading the YAML files that a platform team writes, with errors that name the field and the fix."""
 
-import re
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from k2.config.base import Section
 from k2.config.load import read_document
+from k2.config.reason import reason, shown
 from k2.errors import UserError
 
 Document = TypeVar("Document", bound=Section)
@@ -44,11 +46,9 @@ def _explain(item: Any, kind: type[Section]) -> str:
         return f"{path}: there is no field {name!r} here; the fields are {fields}"
     if item["type"] == "missing":
         return f"{path}: is missing; {_comment(item['loc'], kind)}"
-    message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "string_pattern_mismatch":
-        shown = re.sub(r"//[^/@]*@", "//…@", str(item["input"]))
-        message = f"{shown!r} does not fit; {_comment(item['loc'], kind)}"
-    return f"{path}: {message}" if path else message
+        return f"{path}: {shown(item['input'])} does not fit; {_comment(item['loc'], kind)}"
+    return f"{path}: {reason(item)}" if path else reason(item)
 
 
 def _comment(location: tuple[str | int, ...], kind: type[Section]) -> str:
@@ -57,8 +57,13 @@ def _comment(location: tuple[str | int, ...], kind: type[Section]) -> str:
         name = str(location[end - 1])
         for section in _sections_at(location[: end - 1], kind):
             if name in section.model_fields:
-                return f"{name}: {section.model_fields[name].description}"
+                return f"{name}: {_description(section.model_fields[name])}"
     return "see docs/pipelines.md"
+
+
+def _description(field: FieldInfo) -> str:
+    """A field's comment; of one without, what its section is."""
+    return field.description or next(inspect.getdoc(section) or "" for section in _section_types(field.annotation))
 
 
 def _sections_at(location: Any, kind: type[Section]) -> Iterator[type[Section]]:
