@@ -154,8 +154,10 @@ class MatrixProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def matrix_products(case: Case, model: Transformer) -> Step:
     """The step's own products at their shapes, strides and types, on random numbers."""
+    use_kernels("torch")  # whose products can be seen; those of `auto` are the same
     with MatrixProducts() as products:
         own_step(case, model)()
+    use_kernels("auto")
     pool: dict[Any, Tensor] = {}
 
     def like(x: Tensor) -> Tensor:

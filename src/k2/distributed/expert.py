@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from k2.distributed.watchdog import collective
-from k2.model.moe import Experts, MixtureOfExperts, Routing, arrange
+from k2.model.experts import arrange
+from k2.model.moe import Experts, MixtureOfExperts, Routing
 
 
 class Flight:
@@ -139,8 +140,7 @@ class ExpertParallel:
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Callable[[], Tensor]:
         """Send tokens to their experts' ranks; the result computes what arrived here and sends it back."""
         blocks = arrange(routing.experts_TS, routing.scores_TE.shape[1])
-        counts = [count for group in blocks.groups for count in group.counts]
-        sent_PE = torch.tensor(counts, device=x_TD.device).view(self._group.size(), -1)
+        sent_PE = torch.tensor(blocks.counts, device=x_TD.device).view(self._group.size(), -1)
         received_PE = torch.empty_like(sent_PE)
         with collective("numbers of tokens", [sent_PE]):
             dist.all_to_all_single(received_PE, sent_PE, group=self._group)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from k2.kernels import cpu
 from k2.model.activations import Call, Keep, keep_it, plain_call
 from k2.model.backend import kernels_for, runs_in_c
+from k2.model.projection import outer, project, project_back
 
 BLOCK_VALUES = 2**17  # values an activation widens to float32 at once: 512 KiB stay in a core's own cache
 
@@ -29,18 +30,15 @@ class _Projection(torch.autograd.Function):
     """One node instead of a chain of casts, views and products."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
-        cast_OI = weight_OI.to(x.dtype)
-        ctx.dtype = weight_OI.dtype
-        ctx.save_for_backward(x, cast_OI)
-        return F.linear(x, cast_OI)
+    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NI, weight_OI)
+        return project(x_NI, weight_OI)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight_OI = ctx.saved_tensors
-        grad_TO = grad.flatten(0, -2)
-        return grad @ weight_OI, (grad_TO.T @ x.flatten(0, -2)).to(ctx.dtype)
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, Tensor]:
+        x_NI, weight_OI = ctx.saved_tensors
+        return project_back(grad_NO, weight_OI), outer(grad_NO, x_NI, weight_OI.dtype)
 
 
 class Linear(nn.Module):
@@ -52,8 +50,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the precision of `x`."""
-        result: Tensor = _Projection.apply(x, self.weight)  # type: ignore[no-untyped-call]
-        return result
+        result: Tensor = _Projection.apply(x.flatten(0, -2), self.weight)  # type: ignore[no-untyped-call]
+        return result.view(*x.shape[:-1], -1)
 
 
 def _blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -160,18 +158,19 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, gate_up_GD: Tensor, down_DF: Tensor, keep: Keep) -> Tensor:
-        gate_up_NG = x_ND @ gate_up_GD.T
+        gate_up_NG = project(x_ND, gate_up_GD)
         ones_N = torch.ones(len(x_ND), dtype=upcast(x_ND[:0]).dtype, device=x_ND.device)
         ctx.save_for_backward(x_ND, gate_up_GD, down_DF, ones_N, keep(gate_up_NG))
-        return gated(gate_up_NG, ones_N) @ down_DF.T
+        return project(gated(gate_up_NG, ones_N), down_DF)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x_ND, gate_up_GD, down_DF, ones_N, kept_NG = ctx.saved_tensors
-        gate_up_NG = x_ND @ gate_up_GD.T if kept_NG is None else kept_NG
-        grad_NG, _, inner_NF = gated_backward(grad_ND @ down_DF, gate_up_NG, ones_N)
-        return grad_NG @ gate_up_GD, grad_NG.T @ x_ND, grad_ND.T @ inner_NF, None
+        gate_up_NG = project(x_ND, gate_up_GD) if kept_NG is None else kept_NG
+        grad_NG, _, inner_NF = gated_backward(project_back(grad_ND, down_DF), gate_up_NG, ones_N)
+        grad_gate_up, grad_down = outer(grad_NG, x_ND, gate_up_GD.dtype), outer(grad_ND, inner_NF, down_DF.dtype)
+        return project_back(grad_NG, gate_up_GD), grad_gate_up, grad_down, None
 
 
 class GatedMLP(nn.Module):
@@ -185,6 +184,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
-        gate_up, down = self.gate_up_proj.weight.to(x.dtype), self.down_proj.weight.to(x.dtype)
-        result: Tensor = _GatedMLP.apply(x.flatten(0, -2), gate_up, down, self.keep_gate_up)  # type: ignore[no-untyped-call]
+        weights = self.gate_up_proj.weight, self.down_proj.weight
+        result: Tensor = _GatedMLP.apply(x.flatten(0, -2), *weights, self.keep_gate_up)  # type: ignore[no-untyped-call]
         return result.view_as(x)

@@ -1,12 +1,10 @@
 """Mixture of experts: sigmoid router with a selection bias, routed experts without dropped tokens, shared experts.
 
 DeepSeek-V3 (arXiv 2412.19437, section 2.1.2); scaling and balancing as in Moonlight (arXiv 2502.16982, app. C).
-Every (token, choice) pair becomes a row; rows are ordered by expert, so that each expert is one matrix product.
-
-Letters in shapes: T tokens, S choices per token, E experts, C rows per expert, N rows, D hidden, F expert hidden.
+Letters in shapes: B batch, L length, T tokens, S choices per token, E experts, D hidden.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -18,12 +16,11 @@ from torch.nn import functional as F
 from k2.config.model import ModelConfig
 from k2.model.activations import Keep, keep_it
 from k2.model.backend import kernels_for
-from k2.model.layers import GatedMLP, gated, gated_backward, upcast
+from k2.model.experts import arrange, routed_experts
+from k2.model.layers import GatedMLP, upcast
 from k2.model.layout import routed_scaling
 
 WeightTransform = Callable[[Tensor], Tensor]
-
-GROUP_ROWS = 256  # experts pass through the layer together until they have so many rows
 
 
 @dataclass(frozen=True)
@@ -111,121 +108,6 @@ def bias_step(counts_E: Tensor) -> Tensor:
     return signs - signs.mean(-1, keepdim=True)
 
 
-@dataclass(frozen=True)
-class Group:
-    """Consecutive experts `experts` with `counts` rows each, which are rows `rows` of all."""
-
-    experts: slice
-    rows: slice
-    counts: list[int]
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Rows ordered by expert: `slots_TS` is the row of each (token, choice), `source_N` the pair of each row.
-
-    `tokens_N` is the token of each row; `groups` partition experts and rows.
-    """
-
-    slots_TS: Tensor
-    source_N: Tensor
-    tokens_N: Tensor
-    groups: list[Group]
-
-
-def arrange(experts_TS: Tensor, count: int) -> Blocks:
-    """Order (token, choice) pairs by expert, pairs of one expert in token order."""
-    chosen = experts_TS.flatten()
-    order = chosen.argsort(stable=True)
-    slots = torch.empty_like(order)
-    slots[order] = torch.arange(len(order), device=order.device)
-    groups = list(_groups(torch.bincount(chosen, minlength=count).tolist()))
-    return Blocks(slots.view_as(experts_TS), order, order // experts_TS.shape[1], groups)
-
-
-def _groups(counts: list[int]) -> Iterator[Group]:
-    expert = row = 0
-    for stop in range(1, len(counts) + 1):
-        rows = sum(counts[expert:stop])
-        if rows >= GROUP_ROWS or stop == len(counts):
-            yield Group(slice(expert, stop), slice(row, row + rows), counts[expert:stop])
-            expert, row = stop, row + rows
-
-
-def _multiply(rows: Tensor, weights: Tensor, counts: list[int], result: Tensor) -> None:
-    """Expert by expert, its rows [N, I] with its matrix of `weights` [E, I, O], straight into the result [N, O].
-
-    Batched products over blocks padded to the largest expert were slower at every shape measured, because
-    routing is never quite balanced.
-    """
-    parts = rows.split_with_sizes(counts), weights.unbind(), result.split_with_sizes(counts)
-    for count, x, weight, out in zip(counts, *parts, strict=True):
-        if count:
-            torch.mm(x, weight.to(x.dtype), out=out)
-
-
-def _weight_gradient(grad: Tensor, rows: Tensor, counts: list[int], result: Tensor) -> None:
-    """Expert by expert grad^T rows, into the precision of `result` [E, O, I]."""
-    parts = grad.split_with_sizes(counts), rows.split_with_sizes(counts), result.unbind()
-    for count, g, x, out in zip(counts, *parts, strict=True):
-        if not count:
-            out.zero_()
-        elif out.dtype == x.dtype:
-            torch.mm(g.T, x, out=out)
-        else:
-            out.copy_(g.T @ x)
-
-
-class _RoutedExperts(torch.autograd.Function):
-    """Every token's weighted sum of its experts' outputs, a few experts at a time, so that rows stay in cache.
-
-    Keeps its inputs and what `keep` leaves of the fused gate and up of every row. Weights are cast when used. Sums over
-    a token's rows have a fixed order, where index_add would not.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x_TD: Tensor, weights_TS: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, blocks: Blocks, keep: Keep
-    ) -> Tensor:
-        scale_N = weights_TS.flatten()[blocks.source_N]
-        gate_up_NG = x_TD.new_empty(len(scale_N), gate_up_EGD.shape[1])
-        output_ND = x_TD.new_empty(len(scale_N), x_TD.shape[1])
-        for group in blocks.groups:
-            rows, gate_up = x_TD.index_select(0, blocks.tokens_N[group.rows]), gate_up_NG[group.rows]
-            _multiply(rows, gate_up_EGD[group.experts].mT, group.counts, gate_up)
-            # A scalar commutes with the down projection, and the inner rows are the narrower ones.
-            inner = gated(gate_up, scale_N[group.rows])
-            _multiply(inner, down_EDF[group.experts].mT, group.counts, output_ND[group.rows])
-        ctx.blocks = blocks
-        ctx.save_for_backward(x_TD, scale_N, gate_up_EGD, down_EDF, keep(gate_up_NG))
-        return F.embedding_bag(blocks.slots_TS, output_ND, mode="sum")
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
-        blocks: Blocks = ctx.blocks
-        x_TD, scale_N, gate_up_EGD, down_EDF, kept_NG = ctx.saved_tensors
-        grad_gate_up_EGD, grad_down_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
-        grad_scale_N, grad_rows_ND = torch.empty_like(scale_N), x_TD.new_empty(len(scale_N), x_TD.shape[1])
-        for group in blocks.groups:
-            rows, experts, counts = group.rows, group.experts, group.counts
-            grad = grad_TD.index_select(0, blocks.tokens_N[rows])
-            grad_inner = grad.new_empty(len(grad), down_EDF.shape[2])
-            _multiply(grad, down_EDF[experts], counts, grad_inner)
-            x_rows = x_TD.index_select(0, blocks.tokens_N[rows])
-            if kept_NG is None:
-                gate_up = grad.new_empty(len(grad), gate_up_EGD.shape[1])
-                _multiply(x_rows, gate_up_EGD[experts].mT, counts, gate_up)
-            else:
-                gate_up = kept_NG[rows]
-            grad_gate_up, grad_scale_N[rows], inner = gated_backward(grad_inner, gate_up, scale_N[rows])
-            _weight_gradient(grad, inner, counts, grad_down_EDF[experts])
-            _weight_gradient(grad_gate_up, x_rows, counts, grad_gate_up_EGD[experts])
-            _multiply(grad_gate_up, gate_up_EGD[experts], counts, grad_rows_ND[rows])
-        grad_x_TD = F.embedding_bag(blocks.slots_TS, grad_rows_ND, mode="sum")
-        return grad_x_TD, grad_scale_N[blocks.slots_TS], grad_gate_up_EGD, grad_down_EDF, None, None
-
-
 class Experts(nn.Module):
     """Routed experts as two stacked parameters; `weight_transform` is where INT4-aware training hooks in."""
 
@@ -246,11 +128,7 @@ class Experts(nn.Module):
         if kernels := kernels_for(x_TD):
             rows = rows or kernels.arrange(experts_TS, len(down))
             return cast(Tensor, kernels.routed_experts(x_TD, weights_TS, gate_up, down, rows, self.keep_gate_up))
-        blocks = arrange(experts_TS, len(down))
-        result: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
-            x_TD, weights_TS, gate_up, down, blocks, self.keep_gate_up
-        )
-        return result
+        return routed_experts(x_TD, weights_TS, gate_up, down, arrange(experts_TS, len(down)), self.keep_gate_up)
 
 
 class Dispatcher(Protocol):

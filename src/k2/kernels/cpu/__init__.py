@@ -33,6 +33,11 @@ _SIGNATURES: Final = {
     "heads_backward": "pppppppnnnnnnn",
     "momentum": "pppnnnxx",
     "update": "pppnnnxx",
+    "project": "ppppnnnn",
+    "project_back": "ppppnnnn",
+    "outer": "pppppnnnn",
+    "experts_forward": "p" * 9 + "n" * 5,
+    "experts_backward": "p" * 13 + "n" * 5,
 }
 
 

@@ -1,6 +1,7 @@
 // Float32 lanes in GCC's and Clang's portable vectors, read from and written to bfloat16.
 //
 // Vectors are as wide as the processor's registers: wider ones are pieced together badly by compilers.
+#pragma once
 #include <stdint.h>
 #include <string.h>
 

@@ -1,0 +1,69 @@
+// Products of training between rows and weights. A sum is one thread's work from its first term to its last, so that
+// no number of threads changes it.
+//
+// Letters in shapes: N rows, I inputs, O outputs, A and B columns.
+#include "vectors.h"
+
+#ifdef __AVX512BF16__
+#include "gemm.h"
+
+#define BLOCK (32 * TILE)  // rows that a thread multiplies at once
+
+long has_gemm(void) { return 1; }
+
+static void multiply(const bf16 *x, long rows, const pair *panels, long outputs, long pairs, bf16 *out) {
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; row += BLOCK)
+        product((left){(const pair *)x + row * pairs, pairs, 1}, lesser(BLOCK, rows - row), panels, outputs, pairs,
+                out + row * outputs, 0);
+}
+
+// out [N, O] = x [N, I] times the transpose of weights [O, I].
+void project(const bf16 *x, const void *weight, bf16 *out, pair *panels, long rows, long inputs, long outputs,
+             long wide) {
+    matrix weights = {weight, inputs, wide, NULL};
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (long row = 0; row < outputs; row += PANEL)
+            panels_of_rows(below(weights, row), lesser(PANEL, outputs - row), in_panel(panels, row, inputs / 2));
+        multiply(x, rows, panels, outputs, inputs / 2, out);
+    }
+}
+
+// out [N, I] = x [N, O] times weights [O, I].
+void project_back(const bf16 *x, const void *weight, bf16 *out, pair *panels, long rows, long outputs, long inputs,
+                  long wide) {
+    matrix weights = {weight, inputs, wide, NULL};
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (long column = 0; column < inputs; column += PANEL)
+            panels_of_columns(weights, outputs, column, lesser(PANEL, inputs - column),
+                              in_panel(panels, column, outputs / 2));
+        multiply(x, rows, panels, inputs, outputs / 2, out);
+    }
+}
+
+// out [A, B], float32 if `wide` and else bfloat16, = a [N, A] transposed times b [N, B].
+void outer(const bf16 *a, const bf16 *b, void *out, pair *a_panels, pair *b_panels, long rows, long a_width,
+           long b_width, long wide) {
+    matrix lefts = {a, a_width, 0, NULL}, rights = {b, b_width, 0, NULL};
+    long pairs = (rows + 1) / 2;
+#pragma omp parallel
+    {
+#pragma omp for schedule(static) nowait
+        for (long column = 0; column < a_width; column += PANEL)
+            panels_of_columns(lefts, rows, column, lesser(PANEL, a_width - column), in_panel(a_panels, column, pairs));
+#pragma omp for schedule(static)
+        for (long column = 0; column < b_width; column += PANEL)
+            panels_of_columns(rights, rows, column, lesser(PANEL, b_width - column), in_panel(b_panels, column, pairs));
+#pragma omp for schedule(static)
+        for (long column = 0; column < a_width; column += PANEL)
+            product((left){in_panel(a_panels, column, pairs), 1, PANEL}, lesser(PANEL, a_width - column), b_panels,
+                    b_width, pairs, (char *)out + column * b_width * (wide ? 4 : 2), wide);
+    }
+}
+#else
+long has_gemm(void) { return 0; }
+#endif

@@ -1,0 +1,168 @@
+// Products of any bfloat16 matrices by AVX-512's dot products of pairs, for training: what a small product needs beside
+// arithmetic is little here, and much in a library that has to find and start its kernel first. (`products.h` is for
+// few rows and matrices that were packed long before.)
+//
+// Pairs are two neighbours along the summed axis. The left factor's are read one by one, each for a whole row of
+// lanes; the right one's lie in panels, PANEL columns wide: [panel][pair][column], zero where there is no column.
+#pragma once
+#include <immintrin.h>
+#include "vectors.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define TILE 6  // rows of a tile: with VECTORS columns of lanes the sums fill 24 of 32 registers
+#define VECTORS 4
+#define PANEL (VECTORS * LANES)
+
+typedef uint32_t pair;
+
+// A matrix of float32 or bfloat16 whose rows follow each other, or are those at `index`.
+typedef struct {
+    const void *start;
+    long width;
+    int wide;
+    const int64_t *index;
+} matrix;
+
+// Pairs of one matrix as a left factor: how far the next row and the next pair are.
+typedef struct {
+    const pair *start;
+    long row, pair;
+} left;
+
+static inline long padded(long count, long multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+INLINE __mmask16 lanes_below(long count) { return count >= LANES ? 0xffff : (1u << lesser(count, LANES)) - 1; }
+
+static inline const void *row_of(matrix m, long row) {
+    return (const char *)m.start + (m.index ? m.index[row] : row) * m.width * (m.wide ? 4 : 2);
+}
+
+static inline matrix below(matrix m, long row) {
+    m.start = row_of(m, row);
+    return m;
+}
+
+// Where a column, a multiple of LANES, begins.
+static inline pair *in_panel(pair *panels, long column, long pairs) {
+    return panels + column / PANEL * PANEL * pairs + column % PANEL;
+}
+
+// The 2 LANES values of a row from `column` on as bfloat16, zero beyond its end.
+INLINE __m512i values_at(matrix m, long row, long column) {
+    const char *from = (const char *)row_of(m, row) + column * (m.wide ? 4 : 2);
+    long count = m.width - column;
+    if (!m.wide) return _mm512_maskz_loadu_epi16(count >= 32 ? 0xffffffff : (1u << count) - 1, from);
+    __m512 low = _mm512_maskz_loadu_ps(lanes_below(count), from);
+    __m512 high = _mm512_maskz_loadu_ps(count > LANES ? lanes_below(count - LANES) : 0, from + 4 * LANES);
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// 16 rows of 16 pairs become 16 rows of the other index, by exchanging ever smaller blocks beside the diagonal.
+INLINE void transpose(__m512i *rows) {
+    const __m512i lane = (__m512i)NUMBERS;
+#pragma GCC unroll 4
+    for (int distance = 8; distance; distance /= 2) {
+        const __mmask16 odd = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(distance));
+        const __m512i there = _mm512_set1_epi32(distance), other = _mm512_set1_epi32(LANES);
+        const __m512i from_right = _mm512_add_epi32(_mm512_sub_epi32(lane, there), other);
+        const __m512i low = _mm512_mask_blend_epi32(odd, lane, from_right);
+        const __m512i high = _mm512_mask_blend_epi32(odd, _mm512_add_epi32(lane, there), _mm512_add_epi32(lane, other));
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) {
+            if (i & distance) continue;
+            __m512i a = rows[i], b = rows[i + distance];
+            rows[i] = _mm512_permutex2var_epi32(a, low, b);
+            rows[i + distance] = _mm512_permutex2var_epi32(a, high, b);
+        }
+    }
+}
+
+// Panels of the transposed matrix: columns are its rows, pairs are neighbours in a row.
+static void panels_of_rows(matrix m, long rows, pair *to) {
+    long pairs = m.width / 2;
+    for (long row = 0; row < rows; row += LANES) {
+        pair *panel = in_panel(to, row, pairs);
+        for (long k = 0; k < pairs; k += LANES) {
+            __m512i block[LANES];
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++)
+                block[i] = row + i < rows ? values_at(m, row + i, 2 * k) : _mm512_setzero_si512();
+            transpose(block);
+            for (int i = 0; i < lesser(LANES, pairs - k); i++) _mm512_storeu_si512(panel + (k + i) * PANEL, block[i]);
+        }
+    }
+}
+
+// Panels of `columns` columns of the matrix itself: pairs are neighbours in one; an odd last row is paired with zeros.
+static void panels_of_columns(matrix m, long rows, long first, long columns, pair *to) {
+    const __m512i lane = (__m512i)NUMBERS, second = _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(32)), 16);
+    const __m512i low = _mm512_or_si512(lane, second), high = _mm512_add_epi16(low, _mm512_set1_epi16(LANES));
+    long pairs = (rows + 1) / 2;
+    for (long k = 0; k < pairs; k++)
+        for (long column = 0; column < columns; column += 2 * LANES) {
+            pair *panel = in_panel(to, column, pairs) + k * PANEL;
+            __m512i even = values_at(m, 2 * k, first + column);
+            __m512i odd = 2 * k + 1 < rows ? values_at(m, 2 * k + 1, first + column) : _mm512_setzero_si512();
+            _mm512_storeu_si512(panel, _mm512_permutex2var_epi16(even, low, odd));
+            _mm512_storeu_si512(panel + LANES, _mm512_permutex2var_epi16(even, high, odd));
+        }
+}
+
+// `rows` x `vectors` LANES sums over all pairs into `out`, whose row has `columns` left and `width` in all.
+INLINE void tile(left a, const pair *b, long pairs, void *out, int wide, long width, long columns,
+                           const int rows, const int vectors) {
+    __m512 sums[TILE][VECTORS];
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) sums[r][v] = _mm512_setzero_ps();
+    for (long k = 0; k < pairs; k++) {
+        __m512i right[VECTORS];
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) right[v] = _mm512_loadu_si512(b + k * PANEL + v * LANES);
+#pragma GCC unroll 6
+        for (int r = 0; r < rows; r++) {
+            __m512i each = _mm512_set1_epi32(a.start[r * a.row + k * a.pair]);
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++)
+                sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)each, (__m512bh)right[v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            __mmask16 mask = lanes_below(columns - v * LANES);
+            long at = r * width + v * LANES;
+            if (wide) _mm512_mask_storeu_ps((float *)out + at, mask, sums[r][v]);
+            else _mm256_mask_storeu_epi16((bf16 *)out + at, mask, (__m256i)_mm512_cvtneps_pbh(sums[r][v]));
+        }
+}
+
+#define TILE_OF(rows)                                                                                   \
+    case rows:                                                                                          \
+        if (vectors == VECTORS) tile(a, b, pairs, out, wide, width, columns, rows, VECTORS);            \
+        else                                                                                            \
+            for (long v = 0; v < vectors; v++)                                                          \
+                tile(a, b + v * LANES, pairs, (char *)out + v * LANES * (wide ? 4 : 2), wide, width,    \
+                     columns - v * LANES, rows, 1);                                                     \
+        break;
+
+// As `tile`, for any number of rows up to TILE and of vectors up to VECTORS.
+static void any_tile(left a, const pair *b, long pairs, void *out, int wide, long width, long columns,
+                               long rows) {
+    long vectors = lesser(VECTORS, (columns + LANES - 1) / LANES);
+    switch (rows) { TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6) }
+}
+
+// out [rows, columns], float32 if `wide` and else bfloat16 = left [rows, pairs] times panels.
+static void product(left a, long rows, const pair *panels, long columns, long pairs, void *out, int wide) {
+    long size = wide ? 4 : 2;
+    for (long column = 0; column < columns; column += PANEL)
+        for (long row = 0; row < rows; row += TILE) {
+            left from = {a.start + row * a.row, a.row, a.pair};
+            void *to = (char *)out + (row * columns + column) * size;
+            any_tile(from, panels + column * pairs, pairs, to, wide, columns, columns - column,
+                     lesser(TILE, rows - row));
+        }
+}

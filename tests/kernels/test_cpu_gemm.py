@@ -1,0 +1,124 @@
+"""Products and routed experts in C: against float64, whatever the shapes, threads and types of weights."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from k2.kernels.cpu.experts import ExpertRows, experts_backward, experts_forward
+from k2.kernels.cpu.gemm import has_gemm, outer, project, project_back, serves_gemm
+
+pytestmark = pytest.mark.skipif(not has_gemm(), reason="needs a C compiler and a processor with avx512_bf16")
+
+HALF_STEP = 2**-8
+"""Relative error of rounding to bfloat16, once."""
+EVEN = st.integers(1, 90).map(lambda half: 2 * half)
+
+
+def bf16(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def close(found: Tensor, exact: Tensor, *, rel: float = HALF_STEP) -> None:
+    """`found` is `exact` rounded once, up to float32's error of a sum; `exact` has no rounding inside."""
+    assert found.shape == exact.shape
+    slack = 1e-5 * float(exact.abs().max()) + rel * exact.abs()
+    assert ((found.double() - exact).abs() <= slack).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 200), inputs=EVEN, outputs=EVEN, wide=st.booleans())
+def test_products(rows: int, inputs: int, outputs: int, wide: bool) -> None:
+    """Odd numbers of rows, widths that fill no panel, masters and bfloat16 weights."""
+    x, grad = bf16(rows, inputs), bf16(rows, outputs, seed=1)
+    rounded = bf16(outputs, inputs, seed=2)
+    weight = rounded.float() * (1 + 2**-11) if wide else rounded
+    assert serves_gemm(x, weight)
+    close(project(x, weight), x.double() @ rounded.double().T)
+    close(project_back(grad, weight), grad.double() @ rounded.double())
+    exact = grad.double().T @ x.double()
+    close(outer(grad, x, torch.float32), exact, rel=1e-6)
+    close(outer(grad, x, torch.bfloat16), exact)
+
+
+def test_not_served() -> None:
+    x = bf16(3, 8)
+    assert not serves_gemm(x, torch.ones(4, 7))
+    assert not serves_gemm(x, torch.ones(4, 8, dtype=torch.float16))
+    assert not serves_gemm(x.float(), torch.ones(4, 8))
+
+
+def case(
+    counts: list[int], hidden: int, inner: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, ExpertRows, tuple[Tensor, Tensor]]:
+    tokens, rows = 23, sum(counts)
+    generator = torch.Generator().manual_seed(3)
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    chosen = torch.randint(tokens, (rows,), generator=generator)
+    gate_up, down = (
+        torch.randn(len(counts), *shape, generator=generator).mul(0.2).bfloat16().to(dtype)
+        for shape in ((2 * inner, hidden), (hidden, inner))
+    )
+    inputs = bf16(tokens, hidden, seed=4), bf16(tokens, hidden, seed=5)
+    return *inputs, ExpertRows(chosen, torch.rand(rows, generator=generator), offsets), (gate_up, down)
+
+
+def exact_experts(x: Tensor, rows: ExpertRows, gate_up: Tensor, down: Tensor) -> Tensor:
+    outputs = []
+    for expert, (start, stop) in enumerate(rows.offsets.unfold(0, 2, 1).tolist()):
+        gate, up = (x[rows.tokens_N[start:stop]] @ gate_up[expert].T).chunk(2, -1)
+        outputs.append((F.silu(gate) * up * rows.scale_N[start:stop, None]) @ down[expert].T)
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("counts", "hidden", "inner"),
+    [([3, 0, 7, 1], 16, 8), ([129, 40, 0], 72, 22), ([0, 0, 5], 130, 66)],
+    ids=["small", "large", "wide"],
+)
+def test_experts(counts: list[int], hidden: int, inner: int, dtype: torch.dtype) -> None:
+    """Outputs and all gradients; experts without rows have zero gradients."""
+    x, grad, rows, weights = case(counts, hidden, inner, dtype)
+    gate_up, output = experts_forward(x, rows, *weights)
+    found = experts_backward(grad, x, rows, *weights, gate_up)
+    leaves = [tensor.double().requires_grad_() for tensor in (x, rows.scale_N, *weights)]
+    exact = exact_experts(leaves[0], ExpertRows(rows.tokens_N, leaves[1], rows.offsets), *leaves[2:])
+    # Every value of a row is rounded three times on its way: bounds are relative to the largest value.
+    wanted = torch.autograd.grad(exact, leaves, grad.double()[rows.tokens_N])
+    by_rows = torch.zeros_like(x, dtype=torch.float64).index_add_(0, rows.tokens_N, found[0].double())
+    for got, value in zip([output, by_rows, *found[1:]], [exact.detach(), *wanted], strict=True):
+        assert got.shape == value.shape
+        assert (got.double() - value).abs().max() <= 3 * HALF_STEP * value.abs().max()
+    for grads in found[2:]:
+        assert not any(grads[expert].any() for expert, count in enumerate(counts) if not count)
+
+
+def test_gate_and_up_computed_again() -> None:
+    x, grad, rows, weights = case([9, 0, 4], 32, 12, torch.float32)
+    gate_up, _ = experts_forward(x, rows, *weights)
+    kept, again = (experts_backward(grad, x, rows, *weights, given) for given in (gate_up, None))
+    assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+def test_threads_change_no_bit(threads: None) -> None:
+    x, grad, rows, weights = case([200, 31, 0, 77, 5], 64, 96, torch.float32)
+    found = []
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        gate_up, output = experts_forward(x, rows, *weights)
+        products = project(x, weights[1][0].T), project_back(grad, weights[1][0]), outer(grad, x, torch.float32)
+        found.append([output, *experts_backward(grad, x, rows, *weights, gate_up), *products])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
