@@ -107,18 +107,14 @@ def _attention(config: PretrainConfig, sizes: _Sizes) -> float:
     model, context = config.model, config.context_length
     hidden, heads, latent = model.hidden_size, model.num_attention_heads, model.kv_lora_rank
     rotary, value, width = model.qk_rope_head_dim, model.v_head_dim, model.qk_head_dim
-    joined, spread = model.q_lora_rank or hidden, heads * width + heads * (model.qk_nope_head_dim + value)
     kept = sizes.norm(hidden, sizes.values(hidden)) + sizes.norm(latent, sizes.values(latent)) + sizes.values(rotary)
-    weights = hidden * (latent + rotary) + joined * heads * width + latent * (spread - heads * width)
     if model.q_lora_rank is not None:
-        kept += sizes.norm(joined, sizes.values(joined))
-        weights += hidden * joined
+        kept += sizes.norm(model.q_lora_rank, sizes.values(model.q_lora_rank))
     again = "mla_up_projections" in sizes.layout.recompute
     kept += sizes.values(rotary if again else heads * (2 * width + value))
     if "attention_probabilities" not in sizes.layout.recompute:
         kept += sizes.values(heads * _keys(context))
-    output = sizes.values(heads * value) + sizes.cast(weights + heads * value * hidden)
-    return kept + output + COMPLEX64 * context * rotary
+    return kept + sizes.values(heads * value) + COMPLEX64 * context * rotary
 
 
 def _keys(context: int) -> float:
@@ -129,11 +125,11 @@ def _keys(context: int) -> float:
 
 def _dense(config: PretrainConfig, sizes: _Sizes) -> float:
     hidden, width = config.model.hidden_size, config.model.intermediate_size
-    return sizes.norm(hidden, sizes.values(hidden)) + _gated(sizes, hidden, width)
+    return sizes.norm(hidden, sizes.values(hidden)) + _gated(sizes, width)
 
 
-def _gated(sizes: _Sizes, hidden: int, width: int) -> float:
-    return FLOAT32 * sizes.tokens + sizes.gate_up(width) + sizes.cast(3 * hidden * width)
+def _gated(sizes: _Sizes, width: int) -> float:
+    return FLOAT32 * sizes.tokens + sizes.gate_up(width)
 
 
 def _routing(config: PretrainConfig, sizes: _Sizes) -> tuple[float, float]:
@@ -152,7 +148,7 @@ def _mixture(config: PretrainConfig, sizes: _Sizes) -> float:
     weights = FLOAT32 * (chosen + 1) * model.norm_topk_prob
     kept += tokens * (FLOAT32 * model.n_routed_experts + INT64 * chosen + weights)
     if model.n_shared_experts:
-        kept += _gated(sizes, hidden, width * model.n_shared_experts)
+        kept += _gated(sizes, width * model.n_shared_experts)
     kept += chosen * (FLOAT32 * tokens + sizes.gate_up(width))
     if sizes.layout.ep > 1:
         kept += chosen * sizes.stored(hidden)
