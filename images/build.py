@@ -23,6 +23,7 @@ STAGES = (*LOCKS, "README.md", "LICENSE", "src", "components", "pipelines", "ima
 CONTEXT = {"cpu": STAGES, "gpu": STAGES, "store": ("requirements.lock",)}
 """Kind of image -> what goes in."""
 PACKAGES = "ca-certificates,git,python3"
+GPU_PACKAGES = f"{PACKAGES},gcc,ibverbs-providers,libc6-dev,libibverbs1,librdmacm1"
 BUILD_PACKAGES = "binutils,ca-certificates,gcc,libc6-dev,python3,python3-pip,python3-venv"
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 SHARED = ("bash-completion", "doc", "gitweb", "info", "lintian", "locale", "man")
@@ -175,7 +176,8 @@ def main() -> None:
     chosen = parser.parse_args()
     base = build_base = chosen.base
     if chosen.base == "debian":
-        base, build_base = debian_base(PACKAGES), debian_base(BUILD_PACKAGES)
+        base = debian_base(GPU_PACKAGES if chosen.kind == "gpu" else PACKAGES)
+        build_base = debian_base(BUILD_PACKAGES)
     print(build(chosen.kind, base, build_base, offline=chosen.offline))
 
 

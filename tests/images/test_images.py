@@ -87,6 +87,12 @@ def test_only_the_gpu_image_keeps_a_compiler_for_triton(kind: str) -> None:
     assert ("gcc" in final) == (kind == "gpu")
 
 
+@pytest.mark.parametrize(("kind", "packages"), [("cpu", build.PACKAGES), ("gpu", build.GPU_PACKAGES)])
+def test_the_base_made_here_has_what_the_dockerfile_would_install(kind: str, packages: str) -> None:
+    (wanted,) = [text for name, text in instructions(kind) if name == "ARG" and text.startswith("RUNTIME_PACKAGES")]
+    assert set(packages.split(",")) - {"ca-certificates", "python3"} == set(wanted.partition("=")[2].strip('"').split())
+
+
 def test_everything_written_goes_to_tmp() -> None:
     (environment,) = [argument for name, argument in instructions("cpu") if name == "ENV"]
     values = dict(pair.split("=", 1) for pair in environment.split())

@@ -48,9 +48,9 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_upload_is_idempotent_by_content(api: PipelinesApi, kubeflow: fake.Kubeflow, rendering: Rendering) -> None:
-    assert upload(api, rendering, "abc").new
-    assert not upload(api, rendering, "def").new
-    assert upload(api, altered(rendering, 2), "").new
+    assert upload(api, [rendering], "abc")[0].new
+    assert not upload(api, [rendering], "def")[0].new
+    assert upload(api, [altered(rendering, 2)], "")[0].new
     first, second = reversed(kubeflow.rows("versions"))
     assert first["name"] == rendering.version
     assert first["tags"] == {"k2-spec": rendering.digest, "k2-revision": "abc"}
@@ -62,24 +62,24 @@ def test_what_is_read_back_is_what_was_uploaded(
     api: PipelinesApi, kubeflow: fake.Kubeflow, rendering: Rendering
 ) -> None:
     """A server without tags is understood by content; KFP returns numbers of a Struct as floats."""
-    upload(api, rendering, "")
+    upload(api, [rendering], "")
     (version,) = kubeflow.tables["versions"].values()
     version["tags"] = {}
     version["pipeline_spec"] = json.loads(json.dumps(version["pipeline_spec"]), parse_int=float)
-    assert not upload(api, rendering, "").new
+    assert not upload(api, [rendering], "")[0].new
     version["pipeline_spec"]["pipeline_spec"]["root"]["dag"]["tasks"]["report"]["taskInfo"]["name"] = "changed"
     with pytest.raises(UserError, match=f"{rendering.version}: the API server has a version of this name with other"):
-        upload(api, rendering, "")
+        upload(api, [rendering], "")
 
 
 def test_a_version_with_another_digest_in_its_tags_is_refused(
     api: PipelinesApi, kubeflow: fake.Kubeflow, rendering: Rendering
 ) -> None:
-    upload(api, rendering, "")
+    upload(api, [rendering], "")
     next(iter(kubeflow.tables["versions"].values()))["tags"][SPEC_TAG] = "0" * 40
     with pytest.raises(UserError, match="other content"):
-        upload(api, rendering, "")
-    assert len(kubeflow.rows("versions")) == 1
+        upload(api, [altered(rendering, 2), rendering], "")
+    assert len(kubeflow.rows("versions")) == 1, "nothing is made when one of them cannot be"
 
 
 def test_find_version(api: PipelinesApi, rendering: Rendering) -> None:
@@ -87,7 +87,7 @@ def test_find_version(api: PipelinesApi, rendering: Rendering) -> None:
         find_version(api, "k2", None)
     versions = [altered(rendering, number) for number in range(4)]
     for each in versions:
-        upload(api, each, "")
+        upload(api, [each], "")
     assert find_version(api, "k2", None).name == versions[-1].version
     assert find_version(api, "k2", versions[0].version).name == versions[0].version
     with pytest.raises(UserError, match="version 'k2-0': k2 has none of that name; the newest are k2-"):
@@ -99,7 +99,7 @@ def test_prune_keeps_the_newest_and_what_is_in_use(
 ) -> None:
     versions = [altered(rendering, number) for number in range(8)]
     for each in versions:
-        upload(api, each, "")
+        upload(api, [each], "")
     pipeline = api.pipeline("k2")
     assert pipeline is not None
     kubeflow.insert("versions", "pipeline_version_id", {"pipeline_id": pipeline.pipeline_id, "name": "by-hand"})
@@ -123,7 +123,7 @@ def test_prune_keeps_the_newest_and_what_is_in_use(
 
 @pytest.fixture
 def version(api: PipelinesApi, rendering: Rendering) -> Any:
-    upload(api, rendering, "")
+    upload(api, [rendering], "")
     return find_version(api, "k2", None)
 
 
@@ -158,7 +158,7 @@ def test_submit_types_and_checks_the_parameters(api: PipelinesApi, kubeflow: fak
 def test_parameters_have_the_pipeline_s_types(
     api: PipelinesApi, guarded: Rendering, values: dict[str, str], expected: dict[str, Any] | str
 ) -> None:
-    upload(api, guarded, "")
+    upload(api, [guarded], "")
     found = find_version(api, "k2-retrain", None)
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected):
@@ -367,7 +367,7 @@ def test_an_install_for_many_needs_the_namespace_and_gets_it(kubeflow: fake.Kube
     for namespace in ("team-a", "team-b"):
         api = PipelinesApi(Kubeflow(namespace=namespace, multi_user=True))
         api.check()
-        assert upload(api, altered(rendering, hash(namespace)), "").new
+        assert upload(api, [altered(rendering, hash(namespace))], "")[0].new
         submit(api, find_version(api, "k2", None), {}, "mine")
         assert [run.display_name for run in api.runs()] == ["mine"]
     assert {row["namespace"] for row in kubeflow.rows("pipelines")} == {"team-a", "team-b"}

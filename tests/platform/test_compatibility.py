@@ -96,7 +96,7 @@ def test_an_upgrade_and_a_rollback_touch_nothing_that_runs_or_is_scheduled(
     api: PipelinesApi, kubeflow: fake.Kubeflow, rendering: Rendering
 ) -> None:
     """The old version is scheduled and running; a new one is uploaded, then the old one again; versions are pruned."""
-    upload(api, rendering, "old")
+    upload(api, [rendering], "old")
     old = find_version(api, "k2", None)
     api.create_recurring_run(
         "nightly", old, cron="0 0 3 * * *", parameters={}, max_concurrency="1", no_catchup=True, description=""
@@ -104,8 +104,8 @@ def test_an_upgrade_and_a_rollback_touch_nothing_that_runs_or_is_scheduled(
     run = submit(api, old, {"preset": "nano"}, "going-on")
     before = {table: [dict(row) for row in kubeflow.rows(table)] for table in ("runs", "recurringruns", "versions")}
     newer = Rendering(rendering.pipeline, rendering.description, rendering.spec | {"x": 1}, rendering.platform)
-    assert upload(api, newer, "new").new
-    assert not upload(api, rendering, "old").new
+    assert upload(api, [newer], "new")[0].new
+    assert not upload(api, [rendering], "old")[0].new
     assert prune(api, 1, dry_run=False) == []
     after: dict[str, Any] = {table: kubeflow.rows(table) for table in before}
     assert after["runs"] == before["runs"]

@@ -32,7 +32,7 @@ SHIPPED = Path(__file__).parents[2] / "pipelines" / "schedules.yaml"
 @pytest.fixture(autouse=True)
 def _uploaded(api: PipelinesApi, rendering: Rendering, guarded: Rendering) -> None:
     for each in (rendering, guarded):
-        upload(api, each, "")
+        upload(api, [each], "")
 
 
 def schedules(**changes: Any) -> Schedules:
@@ -113,7 +113,7 @@ def test_a_new_version_replaces_the_schedule_and_the_old_one_can_go(
 ) -> None:
     applied(api, store, schedules(), gpu)
     newer = Rendering(guarded.pipeline, "", guarded.spec | {"sdkVersion": "next"}, guarded.platform)
-    upload(api, newer, "")
+    upload(api, [newer], "")
     assert prune(api, 1, dry_run=False) == []
     assert applied(api, store, schedules(version=guarded.version), gpu) == [("keep", "nightly")]
     assert applied(api, store, schedules(), gpu) == [("replace", "nightly")]

@@ -78,8 +78,7 @@ def upload(deployment_file: Path, names: tuple[str, ...], revision: str, as_json
     from k2.platform.versions import upload as put
 
     deployment, renderings = _render(deployment_file, names)
-    api = connect(deployment)
-    results = [put(api, rendering, revision) for rendering in renderings]
+    results = put(connect(deployment), renderings, revision)
     lines = [f"{each.version}: {'uploaded' if each.new else 'there already'}" for each in results]
     echo([asdict(each) for each in results], as_json, "\n".join(lines))
 

@@ -1,7 +1,7 @@
 """Pipelines and their versions on the API server: upload what is new, remove what nobody uses."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,23 +19,35 @@ class Uploaded:
     new: bool
 
 
-def upload(api: PipelinesApi, rendering: Rendering, revision: str) -> Uploaded:
-    """Make sure that the rendering is a version of its pipeline.
+def is_there(api: PipelinesApi, rendering: Rendering) -> bool:
+    """Whether the rendering is a version of its pipeline already.
 
     Raises:
         UserError: a version of that name has other content.
     """
-    pipeline = api.pipeline(rendering.pipeline) or api.create_pipeline(rendering.pipeline, rendering.description)
-    for version in api.versions(pipeline.pipeline_id):
+    pipeline = api.pipeline(rendering.pipeline)
+    for version in api.versions(pipeline.pipeline_id) if pipeline else ():
         if rendering.version in (version.name, version.display_name):
             if _digest(version) != rendering.digest:
                 raise UserError(
                     f"{rendering.version}: the API server has a version of this name with other content, which K2 did"
                     " not upload; delete it there, and upload again"
                 )
-            return Uploaded(rendering.pipeline, rendering.version, new=False)
-    api.upload_version(pipeline.pipeline_id, rendering, revision)
-    return Uploaded(rendering.pipeline, rendering.version, new=True)
+            return True
+    return False
+
+
+def upload(api: PipelinesApi, renderings: Sequence[Rendering], revision: str) -> list[Uploaded]:
+    """Make sure that each rendering is a version of its pipeline; all are looked at before any is made.
+
+    Raises:
+        UserError: a version of one's name has other content.
+    """
+    there = [is_there(api, each) for each in renderings]
+    for rendering in (each for each, known in zip(renderings, there, strict=True) if not known):
+        pipeline = api.pipeline(rendering.pipeline) or api.create_pipeline(rendering.pipeline, rendering.description)
+        api.upload_version(pipeline.pipeline_id, rendering, revision)
+    return [Uploaded(each.pipeline, each.version, not known) for each, known in zip(renderings, there, strict=True)]
 
 
 def find_version(api: PipelinesApi, pipeline: str, name: str | None) -> Any:
