@@ -24,7 +24,9 @@ from tests.training.small import MODEL
          "batch_tokens=192 is no multiple of ep x dp x micro_batch_tokens = 2 x 2 x 32 = 128;"
          " the nearest that works is pp=2, ep=2, dp=1"),
         (Layout(dp=5), 5, 96, "batch_tokens=96 is no multiple of ep x dp x micro_batch_tokens = 1 x 5 x 32 = 160;"
-                              " 5 ranks have no layout that works"),
+                              " the nearest that works is pp=1, ep=1, dp=3 on 3 ranks"),
+        (Layout(dp=2), 2, 40, "batch_tokens=40 is no multiple of ep x dp x micro_batch_tokens = 1 x 2 x 32 = 64;"
+                              " no number of ranks has a layout that works"),
     ],
 )  # fmt: skip
 def test_layouts(layout: Layout, ranks: int, batch_tokens: int, expected: str | None) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import zstandard
+from click.testing import CliRunner
 
+from k2.cli import main
 from k2.config.tokenize import TokenizeConfig
 from k2.errors import StageError, UserError
 from k2.execution.chain import upstream
@@ -89,6 +91,7 @@ def test_a_cache_hit_loads_neither_the_stage_nor_torch(run: Callable[[], Outcome
     run()
     code = """
 import json, sys
+from k2.cli import main
 from k2.config.tokenize import TokenizeConfig
 from k2.execution.runner import execute
 from k2.store.artifacts import open_uri
@@ -100,3 +103,13 @@ assert not {"torch", "tokenizers", "numpy", "k2.stages.tokenize"} & set(sys.modu
 """
     uris = json.dumps({name: artifact.uri for name, artifact in inputs.items()})
     subprocess.run([sys.executable, "-c", code, uris], check=True)
+
+
+def test_a_stage_of_one_process_refuses_several_before_it_looks_for_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = CliRunner().invoke(main, ["rl", "--preset", "nano"])
+    assert result.exit_code == 2
+    assert result.output == (
+        "error: rl: torchrun started 2 ranks, but one process makes this stage; run `k2 rl` without torchrun"
+        " (several ranks make pretrain)\n"
+    )

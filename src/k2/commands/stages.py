@@ -15,10 +15,12 @@ def _run_stage(
 ) -> dict[str, object]:
     from k2.execution.chain import stage_config, upstream
     from k2.execution.local import object_store
+    from k2.execution.ranks import refuse_several
     from k2.execution.runner import execute
     from k2.monitoring.events import progress_for
     from k2.store.artifacts import open_uri
 
+    refuse_several(stage)  # before anything is looked up
     unknown = set(inputs) - set(STAGES[stage].inputs)
     if unknown:
         raise UserError(f"--input {unknown.pop()}: {stage} takes {', '.join(STAGES[stage].inputs) or 'no inputs'}")

@@ -98,12 +98,21 @@ def problem_of(layout: Layout, model: ModelConfig, batch_tokens: int, context: i
         if found is None:
             return None
         problem = found
-    fitting = [other for other in _others(layout, ranks) if other.problem(model, batch_tokens, context) is None]
-    if not fitting:
-        return f"{problem}; {ranks} ranks have no layout that works"
-    nearest = min(fitting, key=lambda other: _distance(layout, other))
-    stages = f"pp={nearest.pp}, " + (f"virtual_stages={nearest.virtual_stages}, " if nearest.virtual_stages > 1 else "")
-    return f"{problem}; the nearest that works is {stages}ep={nearest.ep}, dp={nearest.dp}"
+    for fewer in range(ranks, 0, -1):
+        fitting = [other for other in _others(layout, fewer) if other.problem(model, batch_tokens, context) is None]
+        if fitting:
+            nearest = min(fitting, key=lambda other: _distance(layout, other))
+            return f"{problem}; the nearest that works is {_named(nearest)}{_on(fewer) if fewer < ranks else ''}"
+    return f"{problem}; no number of ranks has a layout that works"
+
+
+def _on(ranks: int) -> str:
+    return f" on {ranks} rank{'s' if ranks > 1 else ''}"
+
+
+def _named(layout: Layout) -> str:
+    virtual = f"virtual_stages={layout.virtual_stages}, " if layout.virtual_stages > 1 else ""
+    return f"pp={layout.pp}, {virtual}ep={layout.ep}, dp={layout.dp}"
 
 
 def _others(layout: Layout, ranks: int) -> Iterator[Layout]:

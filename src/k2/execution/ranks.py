@@ -26,8 +26,10 @@ def refuse_several(stage: str) -> None:
         UserError: several were started.
     """
     if world_size() > 1 and stage not in DISTRIBUTED:
-        allowed = ", ".join(sorted(DISTRIBUTED))
-        raise UserError(f"{stage} is made by one process, but torchrun started {world_size()}; several make: {allowed}")
+        raise UserError(
+            f"{stage}: torchrun started {world_size()} ranks, but one process makes this stage; run `k2 {stage}`"
+            f" without torchrun (several ranks make {', '.join(sorted(DISTRIBUTED))})"
+        )
 
 
 def announce(name: str, word: str) -> None:
