@@ -23,7 +23,8 @@ STAGES = (*LOCKS, "README.md", "LICENSE", "src", "components", "pipelines", "ima
 CONTEXT = {"cpu": STAGES, "gpu": STAGES, "store": ("requirements.lock",)}
 """Kind of image -> what goes in."""
 PACKAGES = "ca-certificates,git,python3"
-GPU_PACKAGES = f"{PACKAGES},gcc,ibverbs-providers,libc6-dev,libibverbs1,librdmacm1"
+# Triton's launchers include Python's headers, which python:3.11-slim has.
+GPU_PACKAGES = f"{PACKAGES},gcc,ibverbs-providers,libc6-dev,libibverbs1,libpython3.11-dev,librdmacm1"
 BUILD_PACKAGES = "binutils,ca-certificates,gcc,libc6-dev,python3,python3-pip,python3-venv"
 SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 SHARED = ("bash-completion", "doc", "gitweb", "info", "lintian", "locale", "man")

@@ -90,7 +90,8 @@ def test_only_the_gpu_image_keeps_a_compiler_for_triton(kind: str) -> None:
 @pytest.mark.parametrize(("kind", "packages"), [("cpu", build.PACKAGES), ("gpu", build.GPU_PACKAGES)])
 def test_the_base_made_here_has_what_the_dockerfile_would_install(kind: str, packages: str) -> None:
     (wanted,) = [text for name, text in instructions(kind) if name == "ARG" and text.startswith("RUNTIME_PACKAGES")]
-    assert set(packages.split(",")) - {"ca-certificates", "python3"} == set(wanted.partition("=")[2].strip('"').split())
+    of_python = {"ca-certificates", "libpython3.11-dev", "python3"}
+    assert set(packages.split(",")) - of_python == set(wanted.partition("=")[2].strip('"').split())
 
 
 def test_everything_written_goes_to_tmp() -> None:
@@ -153,19 +154,39 @@ print(4 if task.score(example, example.answer["content"]) == 1 else example)
 """
 
 
-@pytest.fixture(scope="module")
-def container() -> Iterator[str]:
-    """A container of the built CPU image: `K2_IMAGE`, or what `--base debian` makes of this work tree."""
+LAUNCHER = """
+from triton.runtime.build import compile_module_from_src
+source = '''#include <Python.h>
+static struct PyModuleDef probe = {PyModuleDef_HEAD_INIT, "k2_probe", 0, -1, 0};
+PyMODINIT_FUNC PyInit_k2_probe(void) { return PyModule_Create(&probe); }'''
+print(compile_module_from_src(source, "k2_probe").__name__)
+"""
+"""Compiles an extension of Python as Triton does for each kernel."""
+
+
+def working(kind: str, base: str, variable: str) -> Iterator[str]:
+    """A container of a built image: the variable's, or what `--base debian` makes of this work tree."""
+    how = f"python images/build.py {kind} --offline --base debian"
     if subprocess.run(["which", "buildah"], capture_output=True, check=False).returncode:
-        pytest.skip("needs buildah and an image: python images/build.py cpu --offline --base debian")
-    image = (
-        os.environ.get("K2_IMAGE") or f"localhost/k2/cpu:{build.content_tag('cpu', build.debian_name(build.PACKAGES))}"
-    )
+        pytest.skip(f"needs buildah and an image: {how}")
+    image = os.environ.get(variable) or f"localhost/k2/{kind}:{build.content_tag(kind, build.debian_name(base))}"
     made = subprocess.run(["buildah", "from", "--pull-never", image], capture_output=True, text=True, check=False)
     if made.returncode:
-        pytest.skip(f"needs {image}: python images/build.py cpu --offline --base debian")
+        pytest.skip(f"needs {image}: {how}")
     yield made.stdout.strip()
     subprocess.run(["buildah", "rm", made.stdout.strip()], capture_output=True, check=True)
+
+
+@pytest.fixture(scope="module")
+def container() -> Iterator[str]:
+    """Of the CPU image."""
+    yield from working("cpu", build.PACKAGES, "K2_IMAGE")
+
+
+@pytest.fixture(scope="module")
+def gpu_container() -> Iterator[str]:
+    """Of the GPU image, all of whose layers are made without a GPU."""
+    yield from working("gpu", build.GPU_PACKAGES, "K2_GPU_IMAGE")
 
 
 def inside(container: str, *command: str, user: str = "12345:0") -> str:
@@ -239,9 +260,23 @@ def test_the_image_holds_no_compiler_no_cache_and_nothing_that_users_may_change(
     assert not found.strip()
 
 
-def test_the_audit_that_needs_no_network_finds_nothing(container: str) -> None:
+def audited(container: str) -> dict[str, str]:
+    """Name -> version of what is installed in a container's image, in which the audit finds nothing."""
     image = json.loads(subprocess.check_output(["buildah", "inspect", container]))["FromImage"]
     assert [str(each) for each in audit.inside(image) if each.found or each.unknown] == []
     with contents.mounted(image) as (root, _):
-        assert {"torch", "kfp"} <= set(contents.versions(contents.site_of(root)))
-        assert "pytest" not in contents.versions(contents.site_of(root))
+        return contents.versions(contents.site_of(root))
+
+
+def test_the_audit_that_needs_no_network_finds_nothing(container: str) -> None:
+    there = audited(container)
+    assert {"torch", "kfp"} <= set(there)
+    assert not {"pytest", "triton"} & set(there)
+
+
+def test_the_gpu_image_has_what_stages_on_gpus_need(gpu_container: str) -> None:
+    """Triton with the compiler of its launchers, and RDMA's user space; that kernels run takes a GPU."""
+    assert inside(gpu_container, "python", "-W", "ignore", "-c", LAUNCHER).strip() == "k2_probe"
+    assert "version" in inside(gpu_container, "k2", "--version")
+    assert "libibverbs.so.1" in inside(gpu_container, "/sbin/ldconfig", "-p", user="0:0")
+    assert {"torch", "triton", "kfp"} <= set(audited(gpu_container))
