@@ -1,6 +1,7 @@
 """Compiled pipelines: what a cluster is asked to run."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -161,6 +162,14 @@ def test_every_step_has_its_runs_label_and_a_pinned_preset(rendering: Rendering,
         assert settings["podMetadata"]["labels"]["k2.dev/preset"] == "small"
         told = {each["value"] for each in container["env"] if each["name"] == PRESET_VARIABLE}
         assert told == ({"small"} if name == "configure" else set())
+
+
+def test_argo_fills_in_the_runs_label_and_nothing_else(rendering: Rendering) -> None:
+    """It fills in whatever looks like this, of all that it is handed; what begins with a dollar is KFP's own."""
+    text = rendering.ir()
+    kfp = {"{{$}}", "{{$.pipeline_job_name}}"}
+    assert set(re.findall(r"\{\{[^}]*\}\}", text)) - kfp == {"{{workflow.name}}"}
+    assert text.count("{{workflow.name}}") == len(list(placed(rendering)))
 
 
 def test_a_pinned_preset_refuses_others(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
