@@ -47,13 +47,20 @@ static inline floats add_pairs(floats sum, words lanes, uint32_t pair) {
 #endif
 }
 
+static inline words load_pairs(const bf16 *from) {
+    words x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
 // Inlined with a constant number of rows, so that all sums stay in registers.
 static inline __attribute__((always_inline)) void multiply(const int rows, const bf16 *const *x, const bf16 *panel,
                                                            long inputs, float (*sums)[PANEL]) {
     floats total[TILE][VECTORS] = {0};
     for (long i = 0; i < inputs; i += 2, panel += 2 * PANEL) {
         words lanes[VECTORS];
-        memcpy(lanes, panel, sizeof lanes);
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++) lanes[v] = load_pairs(panel + v * 2 * LANES);
 #pragma GCC unroll 8
         for (int row = 0; row < rows; row++) {
             uint32_t pair;
@@ -62,7 +69,10 @@ static inline __attribute__((always_inline)) void multiply(const int rows, const
             for (int v = 0; v < VECTORS; v++) total[row][v] = add_pairs(total[row][v], lanes[v], pair);
         }
     }
-    memcpy(sums, total, rows * sizeof *sums);
+#pragma GCC unroll 8
+    for (int row = 0; row < rows; row++)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; v++) store_wide(sums[row] + v * LANES, total[row][v], LANES);
 }
 
 static inline void multiply_some(int rows, const bf16 *const *x, const bf16 *panel, long inputs, float (*sums)[PANEL]) {
