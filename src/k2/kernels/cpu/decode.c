@@ -4,9 +4,9 @@
 // over the cache and the router are float32, inputs of products bfloat16. Nothing a token gets depends on the others.
 //
 // Letters in shapes: T tokens, D hidden, H heads, K latent rank, R rotary, C = R + K, L slots of a cache row.
-#include <math.h>
 #include <stdlib.h>
 #include "products.h"
+#include "attention.h"
 
 typedef struct {
     Matrices joined, q_b, values, output;  // first projections of queries and latents; `q_b` may be missing
@@ -43,12 +43,6 @@ typedef struct {
 
 static inline long even(long width) { return (width + 1) / 2 * 2; }
 
-// The first `count` of LANES values whose memory can be read as a whole; the others are zero.
-static inline floats load_some(const float *from, long count) {
-    floats x = load_wide(from, LANES);
-    return count < LANES ? either(NUMBERS < (int32_t)count, x, all(0)) : x;
-}
-
 // 1 / sqrt(sum of squares + floor).
 static inline float inverse_length(const float *x, long width, float floor) {
     floats squares = {0};
@@ -69,66 +63,6 @@ static void turn_pairs(float *x, const float *turns, long rotary) {
         float a = x[i], b = x[i + 1];
         x[i] = a * turns[i] - b * turns[i + 1];
         x[i + 1] = a * turns[i + 1] + b * turns[i];
-    }
-}
-
-// Lanes i and i ^ half change places.
-static inline floats swapped(floats x, int half) {
-#ifdef __clang__
-    floats y = x;
-    for (int i = 0; i < LANES; i++) y[i] = x[i ^ half];
-    return y;
-#else
-    return __builtin_shuffle(x, NUMBERS ^ half);
-#endif
-}
-
-// The sum of each of LANES vectors.
-static inline floats sums_of(floats *x) {
-#pragma GCC unroll 8
-    for (int half = LANES / 2; half; half /= 2)
-#pragma GCC unroll 16
-        for (int i = 0; i < half; i++) {
-            ints upper = (NUMBERS & half) != 0;
-            x[i] = either(upper, x[i + half], x[i]) + swapped(either(upper, x[i], x[i + half]), half);
-        }
-    return x[0];
-}
-
-// Exponentials of the dot products of a query with `slots` latents, over the largest; returns 1 / their sum.
-static float attention(const float *query, const float *past, long slots, long width, float *shares) {
-    floats most = all(-INFINITY), total = {0};
-    for (long slot = 0; slot < slots; slot += LANES) {
-        floats dots[LANES];
-        for (int j = 0; j < LANES; j++) {
-            const float *latent = past + lesser(slot + j, slots - 1) * width;
-            dots[j] = (floats){0};
-            for (long i = 0; i < width; i += LANES)
-                dots[j] += load_some(query + i, width - i) * load_some(latent + i, width - i);
-        }
-        floats logits = either(NUMBERS < (int32_t)lesser(slots - slot, LANES), sums_of(dots), all(-INFINITY));
-        store_wide(shares + slot, logits, LANES);
-        most = larger(logits, most);
-    }
-    float top = largest(most);
-    for (long slot = 0; slot < slots; slot += LANES) {
-        floats share = exponential(load_wide(shares + slot, LANES) - top);
-        store_wide(shares + slot, share, LANES);
-        total += share;
-    }
-    return 1.0f / sum(total);
-}
-
-// The sum of latents `width` apart, each times its share.
-static void mix(const float *shares, float factor, const float *past, long slots, long width, long rank, bf16 *to) {
-    for (long start = 0; start < rank; start += 4 * LANES) {
-        floats total[4] = {0};
-        for (long slot = 0; slot < slots; slot++)
-#pragma GCC unroll 4
-            for (int v = 0; v < 4; v++)
-                total[v] += shares[slot] * load_wide(past + slot * width + start + v * LANES, LANES);
-        for (int v = 0; v < 4 && start + v * LANES < rank; v++)
-            store(to + start + v * LANES, total[v] * factor, lesser(LANES, rank - start - v * LANES));
     }
 }
 
@@ -153,17 +87,21 @@ static void look_back(const Model *m, float *queries, long stride, Memory *w, Ba
     long width = m->rotary + m->rank;
 #pragma omp parallel if (b.count > 1)
     {
-        float *shares = aligned_alloc(sizeof(floats), (c->length / LANES + 1) * sizeof(floats));
+        long room = (c->length + LANES - 1) / LANES * LANES;
+        float *shares = aligned_alloc(sizeof(floats), HEADS * room * sizeof *shares), factors[HEADS];
 #pragma omp for schedule(static) collapse(2)
         for (long t = 0; t < b.count; t++)
-            for (long h = 0; h < m->heads; h++) {
+            for (long h = 0; h < m->heads; h += HEADS) {
+                int heads = lesser(HEADS, m->heads - h);
+                long slots = b.slots[t] + 1;
                 const float *past = cache + b.rows[t] * c->length * width;
                 float *query = queries + t * stride + h * width;
-                long slots = b.slots[t] + 1;
-                turn_pairs(query, c->turns + b.slots[t] * m->rotary, m->rotary);
-                float factor = attention(query, past, slots, width, shares);
-                bf16 *mixed = w->mixed + (t * m->heads + h) * even(m->rank);
-                mix(shares, factor, past + m->rotary, slots, width, m->rank, mixed);
+                for (int i = 0; i < heads; i++)
+                    turn_pairs(query + i * width, c->turns + b.slots[t] * m->rotary, m->rotary);
+                dot_products(query, heads, past, slots, width, shares, room);
+                for (int i = 0; i < heads; i++) factors[i] = exponentials(shares + i * room, slots);
+                bf16 *to = w->mixed + (t * m->heads + h) * even(m->rank);
+                mix(shares, room, factors, heads, past + m->rotary, slots, width, m->rank, to, even(m->rank));
             }
         free(shares);
     }
