@@ -1,9 +1,9 @@
 """Generated tokens per second against transformers' generate with its cache, both sides interleaved in one run.
 
 64 new tokens after 32, sampled at temperature 1, at the reference shape; prefill included. Both sides run in float32
-and in bfloat16, and the faster of each counts. Beside them run the matrix products of as many decoding steps and
-nothing else: `bound` is the ratio that an engine without any other work would reach with these products. Prints one
-JSON row per claim. Time is this process's CPU time, so that a busy machine spreads the ratios less; of two threads
+and in bfloat16, and the faster of each counts. Beside them run the matrix products of as many decoding steps, which
+read every weight they need, and nothing else: `bound` is the ratio that an engine without any other work, prompts
+included, would reach with these products, and `products` their share of our time. Prints one JSON row per claim. Time is this process's CPU time, so that a busy machine spreads the ratios less; of two threads
 both would count.
 """
 
@@ -95,8 +95,9 @@ def speed(config: ModelConfig, batch: int, rounds: int) -> Row:
     ratios = [t / o for t, o in zip(times[theirs], times[ours], strict=True)]
     claim = f"generated tokens/s, batch {batch}, ours in {ours}"
     bounds = [t / p for t, p in zip(times[theirs], times["products"], strict=True)]
+    shares = [p / o for p, o in zip(times["products"], times[ours], strict=True)]
     speeds = {"tokens_per_cpu_second": round(batch * NEW / median(times[ours])), "bound": round(median(bounds), 2)}
-    return row(claim, theirs, ratios, TARGETS[batch]) | speeds
+    return row(claim, theirs, ratios, TARGETS[batch]) | speeds | {"products": round(median(shares), 2)}
 
 
 def cache_bytes() -> Row:

@@ -34,7 +34,8 @@ static inline floats sums_of(floats *x) {
 }
 
 // Dot products of up to HEADS queries with each latent, `room` apart by head.
-static void dot_products(const float *queries, int heads, const float *past, long slots, long width, float *to, long room) {
+static void dot_products(const float *queries, int heads, const float *past, long slots, long width, float *to,
+                         long room) {
     for (long slot = 0; slot < slots; slot += SPAN) {
         floats dots[LANES];
 #pragma GCC unroll 16
@@ -51,8 +52,9 @@ static void dot_products(const float *queries, int heads, const float *past, lon
                 for (int s = 0; s < SPAN; s++) dots[h * SPAN + s] += query * latents[s];
             }
         }
-        floats sums = sums_of(dots);
-        for (int h = 0; h < heads; h++) memcpy(to + h * room + slot, (char *)&sums + h * SPAN * sizeof *to, SPAN * sizeof *to);
+        float sums[HEADS][SPAN];
+        store_wide(*sums, sums_of(dots), LANES);
+        for (int h = 0; h < heads; h++) memcpy(to + h * room + slot, sums[h], sizeof sums[h]);
     }
 }
 
@@ -89,7 +91,7 @@ static void mix(const float *shares, long room, const float *factors, int heads,
                 for (int v = 0; v < SPAN; v++) total[h][v] += shares[h * room + slot] * values[v];
         }
         for (int h = 0; h < heads; h++)
-            for (long v = 0; v < SPAN && start + v * LANES < rank; v++)
-                store(to + h * to_room + start + v * LANES, total[h][v] * factors[h], lesser(LANES, rank - start - v * LANES));
+            for (long v = 0, i = start; v < SPAN && i < rank; v++, i += LANES)
+                store(to + h * to_room + i, total[h][v] * factors[h], lesser(LANES, rank - i));
     }
 }

@@ -1,6 +1,6 @@
 // The forward pass of generation: tokens of any rows of the latent cache, each at its slot, through all layers.
 //
-// What precedes a product is folded into it beforehand, as `k2.model.decode` describes. The residual stream, attention
+// What precedes a product is folded into it beforehand, as `k2.model.folding` describes. The residual stream, attention
 // over the cache and the router are float32, inputs of products bfloat16. Nothing a token gets depends on the others.
 //
 // Letters in shapes: T tokens, D hidden, H heads, K latent rank, R rotary, C = R + K, L slots of a cache row.
@@ -11,7 +11,7 @@
 typedef struct {
     Matrices joined, q_b, values, output;  // first projections of queries and latents; `q_b` may be missing
     Matrices gate_up, down;                // of every expert; a dense MLP is one shared expert
-    const float *router, *bias;            // [D, routed] and [routed], the latter rounded up to HALF
+    const float *router, *bias;            // [D, routed] and [routed], padded to even D and whole HALFs
     long routed, shared;
 } Layer;
 

@@ -151,8 +151,8 @@ def _router(weights: LayerWeights) -> list[Tensor]:
     assert weights.router_ED is not None
     assert weights.bias_E is not None
     experts, hidden = weights.router_ED.shape
-    router_DE = F.pad(weights.router_ED.T, (0, -experts % HALF, 0, hidden % 2)).contiguous()
-    return [router_DE, F.pad(weights.bias_E, (0, -experts % HALF), value=-torch.inf)]
+    router_DE = F.pad(weights.router_ED.T.float(), (0, -experts % HALF, 0, hidden % 2)).contiguous()
+    return [router_DE, F.pad(weights.bias_E.float(), (0, -experts % HALF), value=-torch.inf)]
 
 
 class PackedModel:

@@ -5,15 +5,15 @@
 
 #define BLOCK 64  // weights whose sum is passed over at once
 
-// e^((x - top) / temperature); returns their sum.
-static double exponentials(const float *x, float top, float temperature, long count, float *to) {
+// Each weight is e^((x - top) / temperature); returns their sum.
+static double weigh(const float *x, float top, float temperature, long count, float *to) {
     double total = 0;
     for (long start = 0; start < count; start += BLOCK) {
         floats sums = {0};
         long size = lesser(BLOCK, count - start);
         EACH(size,
-            floats value = either(NUMBERS < (int32_t)n, (load_wide(x + start + i, n) - top) / temperature, all(-INFINITY));
-            value = exponential(value);
+            floats scaled = (load_wide(x + start + i, n) - top) / temperature;
+            floats value = exponential(either(NUMBERS < (int32_t)n, scaled, all(-INFINITY)));
             store_wide(to + start + i, value, n);
             sums += value;)
         total += sum(sums);
@@ -65,9 +65,10 @@ void draw(const float *logits, const float *temperature, const uint8_t *greedy, 
         for (long row = 0; row < rows; row++) {
             const float *x = logits + row * vocabulary;
             float top = top_of(x, vocabulary);
-            double total = exponentials(x, top, 1.0f, vocabulary, weights), tempered = total;
-            if (temperature[row] != 1.0f) tempered = exponentials(x, top, temperature[row], vocabulary, weights);
-            long token = greedy[row] ? first(x, vocabulary, top) : passing(weights, vocabulary, uniform[row] * tempered);
+            double total = weigh(x, top, 1.0f, vocabulary, weights), tempered = total;
+            if (temperature[row] != 1.0f) tempered = weigh(x, top, temperature[row], vocabulary, weights);
+            long token = greedy[row] ? first(x, vocabulary, top)
+                                     : passing(weights, vocabulary, uniform[row] * tempered);
             tokens[row] = token;
             policy[row] = x[token] - top - log(total);
             sampled[row] = greedy[row] ? 0.0f : (x[token] - top) / temperature[row] - log(tempered);

@@ -13,7 +13,7 @@
 #define TILE (LANES == 16 ? 8 : 2)  // rows whose sums of a panel fit into registers
 #define WORTH_THREADS (1L << 21)    // multiplications below which one thread is faster
 
-// Matrices of one shape: packed[number][panel][inputs / 2][PANEL][2]; odd inputs and the last panel are padded with zeros.
+// Matrices of one shape: packed[number][panel][inputs / 2][PANEL][2]; zeros make inputs even and panels whole.
 typedef struct {
     const bf16 *packed;
     long inputs, outputs;
