@@ -16,6 +16,7 @@ PIPELINES = (
     "ablations/sparsity",
     "ablations/heads",
     "ablations/rl_vs_sft",
+    "ablations/fp8_storage",
 )
 """Files of `pipelines/` that run on a preset alone."""
 
