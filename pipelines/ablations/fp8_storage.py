@@ -29,9 +29,9 @@ STUDY = StudyConfig(
         "nano": {"rephrase": {"max_documents": 0}},
     },
     arms=(
-        ArmConfig(name="bfloat16"),
+        ArmConfig(name="bfloat16", fields={"fp8_storage": False}),
         ArmConfig(name="fp8", fields={"fp8_storage": True}),
-        ArmConfig(name="other-rounding", fields={"balance_loss_weight": 1.001e-4}),
+        ArmConfig(name="other-rounding", fields={"fp8_storage": False, "balance_loss_weight": 1.001e-4}),
     ),
     reference="bfloat16",
     seeds=(1, 2, 3),

@@ -39,6 +39,13 @@ def test_the_rank_that_hangs_is_named_with_its_step_and_the_run_ends(fault: str,
     assert f"hung: rank 1 ({reason})" in said
     assert re.search(rf"rank 0: step {faults.WHEN - 1}, waits in 'sums', number \d+ of float64\[5\], int64\[", said)
     assert re.search(r"rank \d, in .*; its last collectives:\n  step \d, number \d+: ", said)
+    recorded = re.findall(r"rank (\d), torch's flight recorder: (.*)", said)
+    assert recorded  # torchrun ends the other as soon as one has said it
+    for rank, found in recorded:
+        expected = (
+            r"gloo:all_reduce of \[\[5\]\], number \d+ of group 0 default_pg" if rank == "0" else "nothing under way"
+        )
+        assert re.match(expected, found), found
     assert not report
 
 

@@ -1,8 +1,7 @@
 """Ranks that hang, die slowly or are told to end: seen, named, and ended so that torchrun can start them again.
 
 Every rank notes what it does. A thread tells the others through torchrun's store; when its own rank has not got on for
-too long it asks who is to blame, says so, and ends the process. Torch's flight recorder does the same for NCCL from
-inside; this one needs no GPU and knows steps.
+too long it asks who is to blame, says so with what torch's flight recorder has, and ends the process.
 """
 
 import faulthandler
@@ -20,6 +19,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from torch import Tensor
+from torch._C._distributed_c10d import _dump_fr_trace_json  # type: ignore[attr-defined]
 
 from k2.distributed.meeting import connect
 
@@ -155,6 +155,7 @@ class Watchdog:
         faulthandler.dump_traceback(sys.stderr)
         now = f"in {HERE.collective!r}, number {HERE.number}{HERE.tensors}" if HERE.collective else "in no collective"
         lines = [f"rank {self._rank}, {now}; its last collectives:", *(f"  {line}" for line in HERE.recent)]
+        lines.append(f"rank {self._rank}, torch's flight recorder: {_recorded()}")
         _say("\n".join(lines))
         os._exit(HUNG)
 
@@ -196,6 +197,18 @@ def verdict(before: States, after: States, ranks: int) -> list[str]:
         what = f"number {state['number']}{state['tensors']}"
         lines.append(f"  rank {rank}: step {state['step']}, {where}, {what}, for {state['idle_s']:.1f} s")
     return lines + [f"  rank {rank}: never gave a sign" for rank in silent if rank not in after]
+
+
+def _recorded() -> str:
+    """What is under way in any process group, by torch's flight recorder; it has no public way to be asked."""
+    entries = json.loads(_dump_fr_trace_json()).get("entries", ())
+    under_way = (
+        f"{each['profiling_name']} of {each['input_sizes']}, number {each['collective_seq_id']} of group"
+        f" {' '.join(each['process_group'])}"
+        for each in entries
+        if not each["retired"]
+    )
+    return "; ".join(under_way) or "nothing under way"
 
 
 def _behind(states: States, what: str) -> list[int]:
