@@ -3,8 +3,8 @@
 64 new tokens after 32, sampled at temperature 1, at the reference shape; prefill included. Both sides run in float32
 and in bfloat16, and the faster of each counts. Beside them run the matrix products of as many decoding steps, which
 read every weight they need, and nothing else: `bound` is the ratio that an engine without any other work, prompts
-included, would reach with these products, and `products` their share of our time. Prints one JSON row per claim. Time is this process's CPU time, so that a busy machine spreads the ratios less; of two threads
-both would count.
+included, would reach with these products, and `products` their share of our time. Prints one JSON row per claim. Time
+is this process's CPU time, so that a busy machine spreads the ratios less; of two threads both would count.
 """
 
 import time

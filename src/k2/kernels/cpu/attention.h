@@ -43,8 +43,10 @@ static void dot_products(const float *queries, int heads, const float *past, lon
         for (long i = 0; i < width; i += LANES) {
             floats latents[SPAN];
 #pragma GCC unroll 4
-            for (int s = 0; s < SPAN; s++)
+            for (int s = 0; s < SPAN; s++) {
+                __builtin_prefetch(past + (slot + LANES + s) * width + i);
                 latents[s] = load_some(past + lesser(slot + s, slots - 1) * width + i, width - i);
+            }
 #pragma GCC unroll 4
             for (int h = 0; h < HEADS; h++) {
                 floats query = load_some(queries + lesser(h, heads - 1) * width + i, width - i);

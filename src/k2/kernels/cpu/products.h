@@ -11,6 +11,7 @@
 #define HALF (PANEL / 2)
 #define VECTORS (PANEL / LANES)
 #define TILE (LANES == 16 ? 8 : 2)  // rows whose sums of a panel fit into registers
+#define AHEAD (256 * PANEL)         // weights fetched in advance: across pages, processors do not do it by themselves
 #define WORTH_THREADS (1L << 21)    // multiplications below which one thread is faster
 
 // Matrices of one shape: packed[number][panel][inputs / 2][PANEL][2]; zeros make inputs even and panels whole.
@@ -58,6 +59,8 @@ static inline __attribute__((always_inline)) void multiply(const int rows, const
                                                            long inputs, float (*sums)[PANEL]) {
     floats total[TILE][VECTORS] = {0};
     for (long i = 0; i < inputs; i += 2, panel += 2 * PANEL) {
+        __builtin_prefetch(panel + AHEAD);
+        __builtin_prefetch(panel + AHEAD + PANEL);
         words lanes[VECTORS];
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; v++) lanes[v] = load_pairs(panel + v * 2 * LANES);
