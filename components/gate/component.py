@@ -1,7 +1,7 @@
 """KFP component of the stage `gate`."""
 
 from kfp import dsl
-from kfp.dsl import Artifact, Input, Metrics, Model, Output
+from kfp.dsl import Artifact, Input, Markdown, Metrics, Model, Output
 
 
 @dsl.component(base_image="k2-python-cpu:dev", install_kfp_package=False)
@@ -11,8 +11,10 @@ def gate(
     export: Input[Model],
     artifact: Output[Artifact],
     metrics: Output[Metrics],
+    decision: Output[Markdown],
 ) -> None:
     """Decide whether the candidate beats the champion by the configured rule."""
     from k2.execution.component import run_component
+    from k2.execution.views import show_decision
 
-    run_component("gate", config, artifact, metrics, evaluation=evaluation, export=export)
+    show_decision(run_component("gate", config, artifact, metrics, evaluation=evaluation, export=export), decision)

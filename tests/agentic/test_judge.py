@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from k2.agentic import judge as module
-from k2.agentic.judge import judge, reliability
+from k2.agentic.judge import confusion, judge, reliability
 from k2.agentic.rollout import PlannerPolicy, rollout
 from k2.agentic.tasks import Rubric, flatten
 from tests.agentic.helpers import deposit_task, environment, random_tasks
@@ -122,6 +122,7 @@ def test_reliability() -> None:
         "judge_precision": 0.5,
         "judge_recall": 0.5,
     }
+    assert confusion([True, True, False, False, True], [False, True, False, True, False]) == [[2, 1], [1, 1]]
     assert reliability([False], [True]) == {"judge_precision": None, "judge_recall": None}
 
 

@@ -77,6 +77,12 @@ def test_every_task_reads_well(rendering: Rendering) -> None:
     assert all(name[0].isupper() and " " in name for name in names), names
 
 
+def test_artifacts_are_of_the_types_that_the_ui_shows(rendering: Rendering) -> None:
+    outputs = [each.get("outputDefinitions", {}) for each in rendering.spec["components"].values()]
+    shown = {kind["artifactType"]["schemaTitle"] for each in outputs for kind in each.get("artifacts", {}).values()}
+    assert shown >= {f"system.{kind}" for kind in ("Metrics", "HTML", "Markdown", "ClassificationMetrics")}
+
+
 def test_parameters_are_few_typed_and_described(rendering: Rendering) -> None:
     parameters = rendering.spec["root"]["inputDefinitions"]["parameters"]
     assert len(parameters) <= 6

@@ -5,6 +5,7 @@ injected mistakes are not among its arguments; `reliability` compares verdicts w
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,17 +64,25 @@ def judge(messages: Sequence[Message], rubric: Rubric, state: Mapping[str, Any])
     return Verdict(scores, tuple(name for name, score in scores.items() if score < 1))
 
 
+def confusion(verdicts: Sequence[bool], flawed: Sequence[bool]) -> list[list[int]]:
+    """Trajectories by what they are (sound, flawed) and by verdict (accepted, rejected).
+
+    One with any injected mistake counts as flawed, also when the agent recovered from it.
+    """
+    counts = Counter(zip(flawed, verdicts, strict=True))
+    return [[counts[bad, True], counts[bad, False]] for bad in (False, True)]
+
+
 def reliability(verdicts: Sequence[bool], flawed: Sequence[bool]) -> dict[str, float | None]:
     """Precision and recall of accepting, against the mistakes that were injected.
 
-    A trajectory with any injected mistake counts as flawed, also when the agent recovered from it; so a precision
-    below one is not all error. None where nothing was accepted, or nothing was sound.
+    Recovered mistakes count too, so a precision below one is not all error. None where nothing was accepted, or
+    nothing was sound.
     """
-    sound_accepted = sum(passed and not bad for passed, bad in zip(verdicts, flawed, strict=True))
-    accepted, sound = sum(verdicts), sum(not bad for bad in flawed)
+    (kept, lost), (missed, _) = confusion(verdicts, flawed)
     return {
-        "judge_precision": sound_accepted / accepted if accepted else None,
-        "judge_recall": sound_accepted / sound if sound else None,
+        "judge_precision": kept / (kept + missed) if kept + missed else None,
+        "judge_recall": kept / (kept + lost) if kept + lost else None,
     }
 
 

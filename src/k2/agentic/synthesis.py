@@ -13,7 +13,7 @@ from k2.agentic.agents import TaskShape, domain_task
 from k2.agentic.dialog import DialogEnvironment
 from k2.agentic.domains import Domain, seed_domains, tools_of
 from k2.agentic.evolve import evolve, is_descendant
-from k2.agentic.judge import reliability
+from k2.agentic.judge import confusion, reliability
 from k2.agentic.mcp import McpServer, running_servers
 from k2.agentic.mcp_tasks import mcp_task
 from k2.agentic.mcp_worlds import open_world
@@ -119,6 +119,7 @@ def report(records: Sequence[Record], repository: Repository) -> Record:
         "accepted_by_difficulty": _rates(records, lambda record: str(record["task"]["difficulty"])),
         "accepted_by_world": _rates(records, lambda record: str(record["task"]["world"]).split(":")[0]),
         "judge": reliability(verdicts, flawed) | {"judged": len(judged), "flawed": sum(flawed)},
+        "judge_confusion": confusion(verdicts, flawed),
         "mistakes": _rates(judged, lambda record: next(iter(record["hidden"]["mistakes"]), "none")),
         "faults": dict(sorted(Counter(fault for record in records for fault in record["hidden"]["faults"]).items())),
         "tools": len(rows),

@@ -76,8 +76,8 @@ def admit(preset: str) -> None:
         raise UserError(f"store.secret: the Secret that it names is not there, or has no {', '.join(absent)}")
 
 
-def run_component(stage: str, config_json: str, artifact: Any, metrics: Any, **inputs: Any) -> None:
-    """Run one stage for KFP: inputs are small manifest files, and so is the output.
+def run_component(stage: str, config_json: str, artifact: Any, metrics: Any, **inputs: Any) -> Artifact:
+    """Run one stage for KFP: inputs are small manifest files, and so is the output. Returns what was made.
 
     What it adds to the run's report is published at once: a run that fails, or is never heard of again, has one too.
 
@@ -94,6 +94,7 @@ def run_component(stage: str, config_json: str, artifact: Any, metrics: Any, **i
     if not outcome.cached:
         _publish_pages(config.run, config.preset, "running")
     deliver(outcome, artifact, metrics)
+    return outcome.artifact
 
 
 def _publish_pages(run: str, preset: str, status: str) -> None:
