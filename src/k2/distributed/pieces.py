@@ -108,8 +108,8 @@ class Bucket:
 
     def pack(self, buffer: Tensor) -> None:
         """Copy all pieces into the bytes."""
-        for piece, view in self.views(buffer):
-            view.copy_(piece.tensor, non_blocking=True)
+        views = [view for _, view in self.views(buffer)]
+        torch._foreach_copy_(views, [piece.tensor for piece in self.pieces], non_blocking=True)
 
 
 def values(buffer: Tensor, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
@@ -138,6 +138,9 @@ def buckets(pieces: Iterable[Piece], limit: int) -> list[Bucket]:
 
 
 def _cut(piece: Piece, limit: int) -> Iterator[Piece]:
+    if 0 < nbytes(piece.tensor) <= limit:
+        yield piece
+        return
     rows = max(1, limit // max(1, nbytes(piece.tensor[:1])))
     for start in range(piece.start, piece.stop, rows):
         yield piece.rows(start, min(start + rows, piece.stop))
