@@ -164,6 +164,8 @@ class Handler(BaseHTTPRequestHandler):
 
     server: FakeKubernetes
     protocol_version = "HTTP/1.1"
+    # Head and body of an answer are two writes; the second would wait 40 ms for the first's acknowledgement.
+    disable_nagle_algorithm = True
 
     def handle_any(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)

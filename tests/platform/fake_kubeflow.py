@@ -92,6 +92,7 @@ def serve(state: Kubeflow) -> Iterator[Kubeflow]:
 class _Handler(BaseHTTPRequestHandler):
     kubeflow: Kubeflow
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
