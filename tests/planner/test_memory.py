@@ -1,5 +1,9 @@
-"""Planned memory against what the allocator says of real steps, by component; and constants that the engine has too."""
+"""Planned memory against what the allocator says of real steps, by component and switch; and constants of the engine.
 
+Nothing here is fitted: rows of `k2.planner.layers` describe the code, and a row that does not shows up as a miss.
+"""
+
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -8,50 +12,117 @@ import pytest
 from k2.config.load import load_config
 from k2.config.pretrain import PretrainConfig
 from k2.distributed.zero import BUCKET_VALUES
+from k2.kernels.cpu import PARTIAL_ROWS
+from k2.kernels.cpu.gemm import PANEL
 from k2.model.loss import KEPT_VALUES
 from k2.model.mla import QUERY_BLOCK
 from k2.optim.newton_schulz import CHUNK_BYTES
-from k2.planner import activations, memory
+from k2.planner import activations, layers, memory
 from k2.planner.layout import PUBLISHED_RECOMPUTE, default_layout
-from k2.planner.memory import stage_memory
-from k2.training.footprint import Footprint, measure
+from k2.planner.memory import Memory, stage_memory
+from k2.training.footprint import Footprint, measure, tracked
 
-SWITCHES: list[dict[str, Any]] = [
-    {},
-    {"recompute": PUBLISHED_RECOMPUTE},
-    {"recompute": PUBLISHED_RECOMPUTE, "fp8_storage": True, "offload_activations": True},
-    {"param_dtype": "bfloat16", "recompute": ("layers",)},
-]
+EVERYTHING = {
+    "recompute": (*PUBLISHED_RECOMPUTE, "mlp_up_projections"),
+    "fp8_storage": True,
+    "offload_activations": True,
+}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "norms": {"recompute": ("norms",)},
+    "mla_up_projections": {"recompute": ("mla_up_projections",)},
+    "attention_probabilities": {"recompute": ("attention_probabilities",)},
+    "mlp_up_projections": {"recompute": ("mlp_up_projections",)},
+    "layers": {"recompute": ("layers",)},
+    "fp8_storage": {"fp8_storage": True},
+    "offload_activations": {"offload_activations": True},
+    "Kimi K2's list": {"recompute": PUBLISHED_RECOMPUTE},
+    "Kimi K2's list and FP8": {"recompute": PUBLISHED_RECOMPUTE, "fp8_storage": True},
+    "Kimi K2's": {"recompute": PUBLISHED_RECOMPUTE, "fp8_storage": True, "offload_activations": True},
+    "everything": EVERYTHING,
+    "everything, bfloat16 weights": EVERYTHING | {"param_dtype": "bfloat16"},
+    "layers, offloaded": {"recompute": ("layers",), "offload_activations": True},
+    "bfloat16 weights": {"param_dtype": "bfloat16"},
+    "layers, bfloat16 weights": {"param_dtype": "bfloat16", "recompute": ("layers",)},
+    "mask_documents": {"mask_documents": True},
+}
 
 
-def compared(config: PretrainConfig, tokens: int) -> dict[str, tuple[float, int]]:
-    """Planned and measured bytes by component."""
-    found = measure(config, tokens)
-    planned = stage_memory(config, replace(default_layout(config), micro_batch_tokens=tokens), 0, "cpu")
-    components = {name: getattr(planned, name) for name in ("parameters", "gradients", "optimizer", "host")}
-    components |= {"activations": planned.activations + planned.logits, "total": planned.gpu}
-    return {name: (value, getattr(found, name)) for name, value in components.items()}
+def planned(config: PretrainConfig, tokens: int) -> Memory:
+    return stage_memory(config, replace(default_layout(config), micro_batch_tokens=tokens), 0, "cpu")
+
+
+def off(plan: Memory, found: Footprint) -> Iterator[tuple[str, float, float]]:
+    """Components that are planned and measured more than 5% apart."""
+    pairs = {
+        name: (getattr(plan, name), getattr(found, name)) for name in ("parameters", "gradients", "optimizer", "host")
+    }
+    pairs |= {"activations": (plan.activations + plan.logits, found.activations), "total": (plan.gpu, found.total)}
+    for name, (ours, theirs) in pairs.items():
+        if ours != pytest.approx(theirs, rel=0.05):
+            yield name, ours, theirs
 
 
 def of(preset: str, tokens: int, **changes: Any) -> PretrainConfig:
     return load_config(preset).pretrain.model_copy(update={"batch_tokens": tokens, **changes})
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
 def test_tiny_takes_what_is_planned(switches: dict[str, Any]) -> None:
-    for name, (planned, measured) in compared(of("tiny", 2048, **switches), 2048).items():
-        assert planned == pytest.approx(measured, rel=0.05 if name != "total" or not switches else 0.1), name
+    """A step of two micro-batches, and one of one, whose gradients come while its activations go."""
+    for count in (1, 2):
+        config = of("tiny", 2048 * count, **switches)
+        assert not list(off(planned(config, 2048), measure(config, 2048)))
+
+
+@pytest.mark.parametrize("name", ["none", "layers", "offload_activations", "Kimi K2's", "everything, bfloat16 weights"])
+def test_layers_of_small_take_what_is_planned(name: str) -> None:
+    """Two of its layers, a small head: the peak is in a layer. The benchmark has the whole model."""
+    model = load_config("small").pretrain.model
+    model = model.model_copy(update={"num_hidden_layers": 2, "vocab_size": 64, "n_routed_experts": 8})
+    config = of("small", 512, context_length=512, model=model, **SWITCHES[name])
+    assert not list(off(planned(config, 512), measure(config, 512, update=False)))
 
 
 def test_small_takes_what_is_planned() -> None:
     """Rows of 256 tokens, for time; the benchmark has rows of 2,048."""
-    for name, (planned, measured) in compared(of("small", 256, context_length=256), 256).items():
-        assert planned == pytest.approx(measured, rel=0.05), name
+    config = of("small", 256, context_length=256)
+    assert not list(off(planned(config, 256), measure(config, 256, update=False)))
+
+
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_a_loss_in_chunks_takes_what_is_planned(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = 2048 * 1024 // chunks + 1024
+    monkeypatch.setattr("k2.model.loss.KEPT_VALUES", kept)
+    monkeypatch.setattr("k2.planner.activations.KEPT_LOGITS", kept)
+    config = of("tiny", 4096, recompute=("layers",))
+    assert not list(off(planned(config, 2048), measure(config, 2048)))
+
+
+@pytest.mark.parametrize(
+    ("switches", "peak"),
+    [
+        ({}, "loss's gradient"),
+        ({"offload_activations": True}, "backward of layer 2"),
+        ({"fp8_storage": True}, "backward of layer 2"),
+        ({"recompute": PUBLISHED_RECOMPUTE, "fp8_storage": True}, "forward of layer 2"),
+    ],
+)
+def test_the_plan_knows_when_a_step_takes_most(switches: dict[str, Any], peak: str) -> None:
+    config = of("tiny", 4096, **switches)
+    assert (planned(config, 2048).peak.split(":")[0], measure(config, 2048).peak) == (peak, peak)
+
+
+def test_torchs_memory_tracker_agrees() -> None:
+    """It follows tensors, not the allocator: what operators take for themselves is missing."""
+    config = of("tiny", 2048)
+    assert planned(config, 2048).gpu == pytest.approx(tracked(config, 2048), rel=0.05)
 
 
 def test_constants_are_those_of_the_engine() -> None:
-    assert activations.QUERY_BLOCK == QUERY_BLOCK
+    assert layers.QUERY_BLOCK == QUERY_BLOCK
+    assert layers.PANEL == PANEL
+    assert layers.NORM_ROWS == PARTIAL_ROWS
     assert activations.KEPT_LOGITS == KEPT_VALUES
     assert memory.BUCKET_VALUES == BUCKET_VALUES
     assert memory.NEWTON_SCHULZ_BYTES == CHUNK_BYTES
-    assert Footprint(1, 2, 3, 4, 5, 6).total == 15

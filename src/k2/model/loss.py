@@ -50,10 +50,13 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
         ctx.rows = max(1, KEPT_VALUES // len(weight_VD))
-        parts = [_surplus(h, weight_VD, t) for h, t in _split(ctx.rows, hidden_TD, targets_T)]
-        kept = [parts[0][1]] if len(parts) == 1 else []
+        if len(hidden_TD) <= ctx.rows:
+            log_probs_T, *kept = _surplus(hidden_TD, weight_VD, targets_T)
+        else:
+            parts = _split(ctx.rows, hidden_TD, targets_T)
+            log_probs_T, kept = torch.cat([_surplus(h, weight_VD, t)[0] for h, t in parts]), []
         ctx.save_for_backward(hidden_TD, weight_VD, targets_T, *kept)
-        return torch.cat([log_probs for log_probs, _ in parts])
+        return log_probs_T
 
     @staticmethod
     @once_differentiable
@@ -65,6 +68,7 @@ class _TokenLogProbs(torch.autograd.Function):
             # The upstream gradient scales whole rows, so it is multiplied to the narrow side of both products.
             out.copy_((surplus @ weight_VD) * scale)
             term = surplus.T @ (hidden * scale).to(hidden.dtype)
+            del surplus  # before the next rows'
             grad_weight = term if grad_weight is None else upcast(grad_weight).add_(term)
         assert grad_weight is not None  # for the type: there is at least one token
         return grad_hidden, grad_weight.to(weight_VD.dtype), None

@@ -112,6 +112,10 @@ class Offload:
         """Bytes on the host now."""
         return sum(copy.host.nbytes for copy in self._copies)
 
+    def addresses(self) -> frozenset[int]:
+        """Where on the host they are."""
+        return frozenset(copy.host.data_ptr() for copy in self._copies)
+
     def take(self, tensor: Tensor, group: Group) -> Callable[[], Tensor]:
         """Copy the memory behind a tensor to the host; what is returned brings it back, as bytes."""
         if tensor.device not in self._sides:

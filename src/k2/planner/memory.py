@@ -5,46 +5,38 @@ weights are bfloat16, and optimizer states divided over the ranks that hold the 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
-from k2.config.model import ModelConfig, Recompute
+from k2.config.model import ModelConfig
 from k2.config.pretrain import PretrainConfig
 from k2.model.layout import logical_tensors
-from k2.planner.activations import (
-    ITEM,
-    KEPT_LOGITS,
-    QUERY_BLOCK,
-    Kept,
-    attention_kept,
-    head_kept,
-    keeps_logits,
-    layer_kept,
-    mixture_kept,
-)
+from k2.planner.activations import Kept, embedding_moment, head_kept, layer_memory, loss_moments
 from k2.planner.layout import Layout, layers_of_chunks, layers_of_rank
+from k2.planner.liveness import Moment, fullest
+from k2.planner.operations import ITEM, Sizes
 
 GRADIENT, MASTER, MOMENT = 4, 4, 4
 FP32 = 4
 """Bytes of a value."""
 BUCKET_VALUES = 1 << 26
 """Values of all members in a bucket of ZeRO's exchanges (`k2.distributed.zero`)."""
-PROBABILITIES: Recompute = "attention_probabilities"
 NEWTON_SCHULZ_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
 """Matrices that Newton-Schulz works on at once (`k2.optim.newton_schulz`)."""
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Values:
     """Values of one layer, or of embedding or head: routed experts, other Muon matrices, what AdamW updates."""
 
     routed: int = 0
     shared: int = 0
     adamw: int = 0
 
-    def __add__(self, other: "Sizes") -> "Sizes":
-        return Sizes(self.routed + other.routed, self.shared + other.shared, self.adamw + other.adamw)
+    def __add__(self, other: "Values") -> "Values":
+        return Values(self.routed + other.routed, self.shared + other.shared, self.adamw + other.adamw)
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,9 @@ class Memory:
 
     parameters, gradients: of what it computes with. optimizer: masters and moments of what it updates.
     activations: what micro-batches in flight leave for their backward passes; logits: of these the last stage's.
-    working: the most that a layer or the loss needs besides, for a while.
+    working: what the fullest moment needs besides; less than nothing where a step is one micro-batch, whose gradients
+        come while its activations go.
+    peak: that moment.
     communication: what exchanges send from and receive into.
     host: what was offloaded, on the rank's share of its node.
     """
@@ -66,6 +60,7 @@ class Memory:
     working: float
     communication: float
     host: float
+    peak: str
 
     @property
     def gpu(self) -> float:
@@ -73,19 +68,19 @@ class Memory:
         states = self.parameters + self.gradients + self.optimizer
         return states + self.activations + self.logits + self.working + self.communication
 
-    def as_dict(self) -> dict[str, float]:
-        """Components and their sum."""
+    def as_dict(self) -> dict[str, Any]:
+        """Components, their sum, and when it is reached."""
         return asdict(self) | {"gpu": self.gpu}
 
 
 @lru_cache(maxsize=4)
-def layer_sizes(model: ModelConfig) -> dict[str | int, Sizes]:
+def layer_sizes(model: ModelConfig) -> dict[str | int, Values]:
     """Sizes of every layer, of `embedding` and of `head` (with the last norm)."""
-    found: dict[str | int, Sizes] = defaultdict(Sizes)
+    found: dict[str | int, Values] = defaultdict(Values)
     for tensor in logical_tensors(model):
         outside = "embedding" if tensor.component == "embed_tokens" else "head"
         part = outside if tensor.layer is None else tensor.layer
-        found[part] += Sizes(
+        found[part] += Values(
             routed=tensor.size if tensor.quantized else 0,
             shared=tensor.size if tensor.group == "muon" and not tensor.quantized else 0,
             adamw=tensor.size if tensor.group != "muon" else 0,
@@ -93,10 +88,10 @@ def layer_sizes(model: ModelConfig) -> dict[str | int, Sizes]:
     return dict(found)
 
 
-def stage_sizes(model: ModelConfig, layout: Layout, stage: int) -> Sizes:
+def stage_sizes(model: ModelConfig, layout: Layout, stage: int) -> Values:
     """What one pipeline rank holds, before experts are divided."""
     sizes = layer_sizes(model)
-    total = sum((sizes[layer] for layer in layers_of_rank(model, layout, stage)), Sizes())
+    total = sum((sizes[layer] for layer in layers_of_rank(model, layout, stage)), Values())
     if stage == 0:
         total += sizes["embedding"]
     return total + sizes["head"] if stage == layout.pp - 1 else total
@@ -111,35 +106,38 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
 
 
 def stage_memory(config: PretrainConfig, layout: Layout, stage: int, device: str = "cuda") -> Memory:
-    """Bytes on a rank of one pipeline stage; attention on a GPU never keeps its probabilities."""
-    if device == "cuda":
-        layout = replace(layout, recompute=tuple(dict.fromkeys((*layout.recompute, PROBABILITIES))))
-    sizes = stage_sizes(config.model, layout, stage)
-    routed, rest = sizes.routed / layout.ep, sizes.shared + sizes.adamw
+    """Bytes on a rank of one pipeline stage, on a GPU or on a CPU."""
+    values = stage_sizes(config.model, layout, stage)
+    routed, rest = values.routed / layout.ep, values.shared + values.adamw
     parameter = ITEM[config.param_dtype]
     master = MASTER if parameter < MASTER else 0
-    muon = (master + MOMENT) * (routed / layout.dp + sizes.shared / layout.data_parallel)
-    states = muon + (master + 2 * MOMENT) * sizes.adamw / layout.data_parallel
-    kept = chunk_bytes(config, layout, stage)
+    muon = (master + MOMENT) * (routed / layout.dp + values.shared / layout.data_parallel)
+    states = muon + (master + 2 * MOMENT) * values.adamw / layout.data_parallel
+    sizes = Sizes.of(config, layout, device == "cpu")
+    kept, gradients = chunk_bytes(config, layout, stage, device), GRADIENT * (routed + rest)
     count = in_flight(layout, stage, layout.micro_batches(config.batch_tokens))
-    last = stage == layout.pp - 1
+    activations = _held([chunk.device for chunk in kept], count) + _shared(sizes)
+    logits = head_kept(sizes) if stage == layout.pp - 1 else 0.0
+    fresh = layout.micro_batches(config.batch_tokens) == 1
+    peak = fullest([*_moments(sizes, layout, stage, fresh, activations), Moment(gradients, "optimizer")])
     return Memory(
         parameters=parameter * (routed + rest),
-        gradients=GRADIENT * (routed + rest),
+        gradients=gradients,
         optimizer=states * (not layout.offload_optimizer) + _workspace(config, layout, stage, device),
-        activations=_held([chunk.device for chunk in kept], count),
-        logits=head_kept(config, layout) if last else 0.0,
-        working=_working(config, layout, last, device),
+        activations=activations,
+        logits=logits,
+        working=peak.bytes - activations - logits - gradients,
         communication=_communication(config, layout, routed, rest),
         host=states * layout.offload_optimizer + _held([chunk.host for chunk in kept], count),
+        peak=peak.where,
     )
 
 
-def chunk_bytes(config: PretrainConfig, layout: Layout, stage: int) -> list[Kept]:
+def chunk_bytes(config: PretrainConfig, layout: Layout, stage: int, device: str = "cuda") -> list[Kept]:
     """Activations that one micro-batch leaves in each virtual stage of a pipeline rank."""
-    model = config.model
+    model, sizes = config.model, Sizes.of(config, layout, device == "cpu")
     chunks = layers_of_chunks(model, layout.pp, layout.virtual_stages)[stage :: layout.pp]
-    dense, mixture = layer_kept(config, layout, True), layer_kept(config, layout, False)
+    dense, mixture = (layer_memory(sizes, kind).kept for kind in (True, False))
     first = [min(max(model.first_k_dense_replace - chunk.start, 0), len(chunk)) for chunk in chunks]
     return [count * dense + (len(chunk) - count) * mixture for chunk, count in zip(chunks, first, strict=True)]
 
@@ -149,60 +147,42 @@ def _held(kept: Sequence[float], count: int) -> float:
     return sum(kept) / len(kept) * count
 
 
-def _working(config: PretrainConfig, layout: Layout, last: bool, device: str) -> float:
-    """The most that a layer's backward pass needs, or the loss's, which is over before the first layer's begins."""
-    layer = _layer_working(config, layout, device)
-    return max(_loss_working(config, layout), layer - head_kept(config, layout)) if last else layer
+def _shared(sizes: Sizes) -> float:
+    """The mask of documents, which all layers of a micro-batch share; kernels of a GPU need none."""
+    return FP32 * sizes.tokens * sizes.context if sizes.masked and sizes.cpu else 0.0
 
 
-def _layer_working(config: PretrainConfig, layout: Layout, device: str) -> float:
-    """Experts first, then attention, when what the experts had is free; what is computed again or widened is there.
+def _moments(sizes: Sizes, layout: Layout, stage: int, fresh: bool, held: float) -> Iterator[Moment]:
+    """Bytes of activations and gradients through a micro-batch.
 
-    Probabilities alone are computed again block by block; of what is offloaded the layer before is on its way as well.
+    fresh: it is a step's only one, so that gradients come while its activations go.
+    held: what all micro-batches in flight have left in the layers.
     """
-    whole = "layers" in layout.recompute
-    blocks: tuple[Recompute, ...] = (PROBABILITIES,) if PROBABILITIES in layout.recompute else ()
-    kept = replace(layout, recompute=blocks) if whole else layout
-    wide = replace(kept, recompute=blocks, fp8_storage=False)
-    attention, mixture = attention_kept(config, kept), mixture_kept(config, kept)
-    arrived = 2 * layer_kept(config, layout, False).host + (attention + mixture if whole else 0.0)
-    first = _mixture_working(config, layout, device) + mixture_kept(config, wide) - mixture
-    second = _attention_working(config, layout, device) + attention_kept(config, wide) - attention - mixture
-    return arrived + max(first, second)
+    model, values = sizes.model, layer_sizes(sizes.model)
+    there = 0.0 if fresh else GRADIENT * _values(stage_sizes(model, layout, stage), layout)
+    came = there
+    if stage == layout.pp - 1:
+        yield from (Moment(held + head_kept(sizes) + there + each.bytes, each.where) for each in loss_moments(sizes))
+        came += GRADIENT * _values(values["head"], layout) * fresh
+    for chunk in reversed(layers_of_chunks(model, layout.pp, layout.virtual_stages)[stage :: layout.pp]):
+        memories = [layer_memory(sizes, number < model.first_k_dense_replace, fresh) for number in chunk]
+        scores, below = sum(each.score_gradients for each in memories), held
+        for place in reversed(range(len(chunk))):
+            number, memory = chunk[place], memories[place]
+            fetched = memories[place - 1].kept.host if place else 0.0
+            below -= memory.kept.device
+            yield memory.forward.more(below + there, f"forward of layer {number}")
+            yield memory.backward.more(below + came + fetched + scores, f"backward of layer {number}")
+            scores -= memory.score_gradients
+            came += GRADIENT * _values(values[number], layout) * fresh
+    if stage == 0:
+        embedding = embedding_moment(sizes)
+        yield Moment(embedding.bytes + came, embedding.where)
 
 
-def _attention_working(config: PretrainConfig, layout: Layout, device: str) -> float:
-    """A block of logits for the last queries, or another one and the gradients of queries, keys and values so far.
-
-    The kernels of a GPU have no logits.
-    """
-    model, item = config.model, ITEM[config.precision]
-    width, value = model.qk_head_dim, model.v_head_dim
-    block = item * QUERY_BLOCK * (1 + (PROBABILITIES in layout.recompute)) if device == "cpu" else 0
-    gradients = item * (2 * width + value) + FP32 * (width + value)
-    later = gradients + block * max(0, config.context_length - QUERY_BLOCK) / config.context_length
-    return layout.micro_batch_tokens * model.num_attention_heads * max(item * width + block, later)
-
-
-def _mixture_working(config: PretrainConfig, layout: Layout, device: str) -> float:
-    """Gradients of all experts before they are added to those of other micro-batches, and those of rows.
-
-    A CPU takes a few experts at a time; the kernels of a GPU have inputs, gradients and gate and up of all rows.
-    """
-    model, hidden, width = config.model, config.model.hidden_size, config.model.moe_intermediate_size
-    experts = 3 * hidden * width * model.n_routed_experts / layout.ep
-    rows = model.num_experts_per_tok * (hidden if device == "cpu" else 3 * hidden + 4 * width) + 3 * hidden
-    return ITEM[config.param_dtype] * experts + ITEM[config.precision] * layout.micro_batch_tokens * rows
-
-
-def _loss_working(config: PretrainConfig, layout: Layout) -> float:
-    """Gradients of the hidden states in float32, or of the head's weight and logits that were not kept."""
-    model, item, hidden = config.model, ITEM[config.precision], layout.micro_batch_tokens * config.model.hidden_size
-    weight, logits = model.vocab_size * model.hidden_size, layout.micro_batch_tokens * model.vocab_size
-    if not keeps_logits(config, layout):
-        return (item + FP32) * weight + 2 * item * hidden + item * KEPT_LOGITS
-    after = (item + ITEM[config.param_dtype]) * weight + item * hidden - item * logits
-    return max(3 * FP32 * hidden, item * weight + (item + 2 * FP32) * hidden, after)
+def _values(values: Values, layout: Layout) -> float:
+    """What of them a rank computes with."""
+    return values.routed / layout.ep + values.shared + values.adamw
 
 
 @lru_cache(maxsize=8)

@@ -25,7 +25,7 @@ NOTE = (
 def plan_text(plan: Plan, cluster: Cluster) -> str:
     """The plan in lines of at most 100 characters or so."""
     lines = [f"{name:<28}{value}" for name, value in _facts(plan, cluster)]
-    lines += ["", "memory of the fullest rank, GB"]
+    lines += ["", f"memory of the fullest rank, GB; it is reached in {plan.fullest.peak}"]
     lines += [f"  {name:<26}{value:8.1f}" for name, value in _memory_rows(plan.fullest)]
     lines += ["", "activations and all of the fullest rank, GB, by what becomes of them"]
     lines += [
@@ -140,7 +140,7 @@ def _memory_figure(plan: Plan, cluster: Cluster) -> Block:
         for index, stage in enumerate(plan.stages)
     ]
     room = cluster.gpu.memory_gb - cluster.gpu.reserved_gb
-    caption = f"GB on a rank of each pipeline stage; a GPU has {room:g} to give."
+    caption = f"GB on a rank of each pipeline stage; a GPU has {room:g} to give. Most in {plan.fullest.peak}."
     return Figure(stacked_bars("Memory by pipeline stage", COMPONENTS, rows), caption)
 
 
