@@ -9,7 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from k2.model.backend import kernels_for
+from k2.kernels.cpu import newton_schulz as cpu
+from k2.model.backend import kernels_for, runs_in_c
 from k2.optim.schemes import Run, Scheme
 
 Shape = tuple[int, int, int]
@@ -90,7 +91,7 @@ class Workspace:
         norm_N11 = squared_N11.sqrt_().to(dtype)
         gram_NSS.div_(norm_N11).div_(norm_N11)  # by what divides X: rounding its square would set them apart
         if tight:
-            square_NSS = torch.bmm(gram_NSS, gram_NSS, out=self._squares[1])
+            square_NSS = _symmetric(gram_NSS, gram_NSS, self._squares[1])
             rows_NS1 = torch.linalg.vector_norm(square_NSS, dim=-1, keepdim=True, dtype=wide)
             fourth_N11 = torch.linalg.vector_norm(rows_NS1, dim=-2, keepdim=True).clamp_(min=EPS)
             ratio_N11 = fourth_N11.pow(0.25).to(dtype)
@@ -109,21 +110,21 @@ class Workspace:
         if squared:
             first_NSS.mul_(c).add_(gram_NSS, alpha=b)
         else:
-            torch.baddbmm(gram_NSS, gram_NSS, gram_NSS, beta=b, alpha=c, out=first_NSS)
+            _symmetric(gram_NSS, gram_NSS, first_NSS, gram_NSS, a=c, b=b)
         if len(run) == 1:
             return first_NSS, a
         # All matrices here are polynomials of one Gram matrix, so they commute: the next one is PGP.
-        torch.baddbmm(gram_NSS, first_NSS, gram_NSS, beta=a, out=out_NSS)
-        torch.baddbmm(out_NSS, first_NSS, out_NSS, beta=a, out=gram_NSS)
+        _symmetric(first_NSS, gram_NSS, out_NSS, gram_NSS, b=a)
+        _symmetric(first_NSS, out_NSS, gram_NSS, out_NSS, b=a)
         next_a, b, c = run[1]
-        torch.baddbmm(gram_NSS, gram_NSS, gram_NSS, beta=b, alpha=c, out=second_NSS)
-        torch.baddbmm(first_NSS, second_NSS, first_NSS, beta=next_a, out=out_NSS)
+        _symmetric(gram_NSS, gram_NSS, second_NSS, gram_NSS, a=c, b=b)
+        _symmetric(second_NSS, first_NSS, out_NSS, first_NSS, b=next_a)
         return out_NSS.add_(second_NSS, alpha=a), a * next_a
 
     def _gram(self) -> Tensor:
         x_NRC = self._x_NRC
         left, right = (x_NRC.mT, x_NRC) if self._tall else (x_NRC, x_NRC.mT)
-        return torch.bmm(left, right, out=self._squares[0])
+        return _symmetric(left, right, self._squares[0])
 
     def _apply(self, square_NSS: Tensor, scale: float) -> None:
         """X <- (scale I + square) X, from the other side when X is tall."""
@@ -131,6 +132,21 @@ class Workspace:
         left, right = (x_NRC, square_NSS) if self._tall else (square_NSS, x_NRC)
         torch.baddbmm(x_NRC, left, right, beta=scale, out=self._y_NRC)
         self._x_NRC, self._y_NRC = self._y_NRC, self._x_NRC
+
+
+def _symmetric(
+    left_NSK: Tensor,
+    right_NKS: Tensor,
+    out_NSS: Tensor,
+    added_NSS: Tensor | None = None,
+    *,
+    a: float = 1.0,
+    b: float = 0.0,
+) -> Tensor:
+    """out = a left right + b added, for matrices that commute: the result is symmetric."""
+    if runs_in_c(out_NSS) and cpu.serves_symmetric(out_NSS, left_NSK.shape[2]):
+        return cpu.symmetric_products(left_NSK, right_NKS, out_NSS, added_NSS, alpha=a, beta=b)
+    return torch.baddbmm(out_NSS if added_NSS is None else added_NSS, left_NSK, right_NKS, beta=b, alpha=a, out=out_NSS)
 
 
 def _sizes(shape: Shape) -> tuple[int, int]:

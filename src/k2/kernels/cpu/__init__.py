@@ -36,6 +36,7 @@ _SIGNATURES: Final = {
     "project": "ppppnnnn",
     "project_back": "ppppnnnn",
     "outer": "pppppnnnn",
+    "symmetric_products": "p" * 7 + "n" * 5 + "xx",
     "experts_forward": "p" * 9 + "n" * 5,
     "experts_backward": "p" * 13 + "n" * 5,
 }

@@ -55,13 +55,13 @@ static void gather(matrix m, long rows, bf16 *to) {
 // out [rows, O] = x [rows, I] times the transpose of weights [O, I].
 static void rows_times_transpose(const bf16 *x, long rows, matrix weights, long outputs, pair *panels, bf16 *out) {
     panels_of_rows(weights, outputs, panels);
-    product((left){(const pair *)x, weights.width / 2, 1}, rows, panels, outputs, weights.width / 2, out, 0);
+    product((left){(const pair *)x, weights.width / 2, 1}, rows, panels, outputs, weights.width / 2, out, 0, EVERYWHERE);
 }
 
 // out [rows, O] = x [rows, I] times weights [I, O].
 static void rows_times(const bf16 *x, long rows, matrix weights, long inputs, pair *panels, bf16 *out) {
     panels_of_columns(weights, inputs, 0, weights.width, panels);
-    product((left){(const pair *)x, inputs / 2, 1}, rows, panels, weights.width, inputs / 2, out, 0);
+    product((left){(const pair *)x, inputs / 2, 1}, rows, panels, weights.width, inputs / 2, out, 0, EVERYWHERE);
 }
 
 // out [A, B] = a^T b for matrices of `rows` rows, A and B wide.
@@ -73,7 +73,7 @@ static void columns_times(matrix a, matrix b, long rows, scratch s, void *out, i
     for (long column = 0; column < a.width; column += PANEL) {
         left panel = {lefts + column * pairs, 1, PANEL};
         void *to = (char *)out + column * b.width * (wide ? 4 : 2);
-        product(panel, lesser(PANEL, a.width - column), rights, b.width, pairs, to, wide);
+        product(panel, lesser(PANEL, a.width - column), rights, b.width, pairs, to, wide, EVERYWHERE);
     }
 }
 

@@ -15,7 +15,7 @@ static void multiply(const bf16 *x, long rows, const pair *panels, long outputs,
 #pragma omp for schedule(static)
     for (long row = 0; row < rows; row += BLOCK)
         product((left){(const pair *)x + row * pairs, pairs, 1}, lesser(BLOCK, rows - row), panels, outputs, pairs,
-                out + row * outputs, 0);
+                out + row * outputs, 0, EVERYWHERE);
 }
 
 // out [N, O] = x [N, I] times the transpose of weights [O, I].
@@ -61,7 +61,7 @@ void outer(const bf16 *a, const bf16 *b, void *out, pair *a_panels, pair *b_pane
 #pragma omp for schedule(static)
         for (long column = 0; column < a_width; column += PANEL)
             product((left){in_panel(a_panels, column, pairs), 1, PANEL}, lesser(PANEL, a_width - column), b_panels,
-                    b_width, pairs, (char *)out + column * b_width * (wide ? 4 : 2), wide);
+                    b_width, pairs, (char *)out + column * b_width * (wide ? 4 : 2), wide, EVERYWHERE);
     }
 }
 #else

@@ -12,6 +12,7 @@
 #define TILE 6  // rows of a tile: with VECTORS columns of lanes the sums fill 24 of 32 registers
 #define VECTORS 4
 #define PANEL (VECTORS * LANES)
+#define EVERYWHERE (1L << 40)
 
 typedef uint32_t pair;
 
@@ -155,14 +156,15 @@ static void any_tile(left a, const pair *b, long pairs, void *out, int wide, lon
     switch (rows) { TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6) }
 }
 
-// out [rows, columns], float32 if `wide` and else bfloat16 = left [rows, pairs] times panels.
-static void product(left a, long rows, const pair *panels, long columns, long pairs, void *out, int wide) {
+// out [rows, columns], float32 if `wide` and else bfloat16, = left [rows, pairs] times panels. If the rows are those from
+// `diagonal` on of a square and not EVERYWHERE is wanted, what lies right of its diagonal is left out, up to LANES - 1.
+static void product(left a, long rows, const pair *panels, long columns, long pairs, void *out, int wide, long diagonal) {
     long size = wide ? 4 : 2;
     for (long column = 0; column < columns; column += PANEL)
-        for (long row = 0; row < rows; row += TILE) {
+        for (long row = column > diagonal ? (column - diagonal) / TILE * TILE : 0; row < rows; row += TILE) {
             left from = {a.start + row * a.row, a.row, a.pair};
             void *to = (char *)out + (row * columns + column) * size;
-            any_tile(from, panels + column * pairs, pairs, to, wide, columns, columns - column,
-                     lesser(TILE, rows - row));
+            long end = lesser(columns, padded(diagonal + row + TILE, LANES));
+            any_tile(from, panels + column * pairs, pairs, to, wide, columns, end - column, lesser(TILE, rows - row));
         }
 }

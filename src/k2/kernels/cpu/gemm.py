@@ -61,7 +61,12 @@ def outer(a_NA: Tensor, b_NB: Tensor, dtype: torch.dtype) -> Tensor:
 
 def panels(summed: int, columns: int) -> Tensor:
     """Memory for a packed factor."""
-    return torch.empty(summed + summed % 2, -(-columns // PANEL) * PANEL, dtype=torch.bfloat16)
+    return torch.empty(summed + summed % 2, padded(columns), dtype=torch.bfloat16)
+
+
+def padded(columns: int) -> int:
+    """Columns of whole panels."""
+    return -(-columns // PANEL) * PANEL
 
 
 def _wide(weight: Tensor) -> int:
