@@ -4,6 +4,9 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -42,9 +45,13 @@ static const ints NUMBERS = {
 static inline floats widen(halves x) { return (floats)(__builtin_convertvector(x, words) << 16); }
 
 static inline halves narrow(floats x) {
+#ifdef __AVX512BF16__
+    return (halves)_mm512_cvtneps_pbh((__m512)x);
+#else
     words bits = (words)x, rounded = bits + 0x7fff + (bits >> 16 & 1);  // to nearest, ties to even
     words nan = (words)(x != x);
     return __builtin_convertvector(((nan & 0x7fc00000) | (~nan & rounded)) >> 16, halves);
+#endif
 }
 
 static inline float widen_one(bf16 x) {
