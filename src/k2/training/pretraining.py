@@ -37,6 +37,7 @@ from k2.processes import world_size
 from k2.training.batches import NextTokenLoss, TokenBatch, micro_batches
 from k2.training.history import History
 from k2.training.loop import ParallelPlan, SingleProcess, train
+from k2.training.room import device_room, require_room
 from k2.training.state import Saver, TrainState
 
 Tokens = NDArray[np.unsignedinteger[Any]]
@@ -114,12 +115,13 @@ def join_ranks(config: PretrainConfig, identity: Mapping[str, Any]) -> Mesh | No
     """Meet the other ranks, or None in a process that is alone.
 
     Raises:
-        UserError: on all ranks alike, when they cannot train this together.
+        UserError: on all ranks alike, when they cannot train this together; on any whose part has no room in memory.
     """
     ranks = world_size()
     contexts = {config.context_length} | ({config.long_context_length} if config.long_context_tokens else set())
     layouts = {context: layout_of(config, context, ranks) for context in sorted(contexts)}
     if ranks == 1 and all(layout.ranks == 1 for layout in layouts.values()):
+        _require_room(config, layouts, 0)
         return None
     mine = {"pretrain": config.model_dump(mode="json", exclude={"threads"}), **identity}
     if ranks == 1:
@@ -128,7 +130,14 @@ def join_ranks(config: PretrainConfig, identity: Mapping[str, Any]) -> Mesh | No
     mesh = join(layouts[context], config.model, batch_tokens=config.batch_tokens, context=context, identity=mine)
     if problem := _problem(config, layouts, ranks):
         raise UserError(f"layout: {problem}")
+    _require_room(config, layouts, mesh.pipeline.rank())
     return mesh
+
+
+def _require_room(config: PretrainConfig, layouts: Mapping[int, Layout], stage: int) -> None:
+    device, room = device_room()
+    for context, layout in layouts.items():
+        require_room(config.model_copy(update={"context_length": context}), layout, stage, device, room)
 
 
 def _problem(config: PretrainConfig, layouts: Mapping[int, Layout], ranks: int) -> str | None:
