@@ -1,4 +1,4 @@
-"""Products, routed experts and Newton-Schulz in C: against float64, whatever the shapes, threads and types of weights."""
+"""Products, routed experts and Newton-Schulz in C: against float64, whatever the shapes, threads and weights."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from k2.kernels.cpu.experts import ExpertRows, experts_backward, experts_forward
-from k2.kernels.cpu.gemm import has_gemm, outer, project, project_back, serves_gemm
+from k2.kernels.cpu.gemm import has_gemm, log_probabilities, outer, project, project_back, serves_gemm
 from k2.kernels.cpu.newton_schulz import serves_symmetric, symmetric_products
 
 pytestmark = pytest.mark.skipif(not has_gemm(), reason="needs a C compiler and a processor with avx512_bf16")
@@ -24,10 +24,10 @@ def bf16(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def close(found: Tensor, exact: Tensor, *, rel: float = HALF_STEP) -> None:
+def close(found: Tensor, exact: Tensor, *, rel: float = HALF_STEP, abs_: float = 0.0) -> None:
     """`found` is `exact` rounded once, up to float32's error of a sum; `exact` has no rounding inside."""
     assert found.shape == exact.shape
-    slack = 1e-5 * float(exact.abs().max()) + rel * exact.abs()
+    slack = abs_ + 1e-5 * float(exact.abs().max()) + rel * exact.abs()
     assert ((found.double() - exact).abs() <= slack).all()
 
 
@@ -44,6 +44,18 @@ def test_products(rows: int, inputs: int, outputs: int, wide: bool) -> None:
     exact = grad.double().T @ x.double()
     close(outer(grad, x, torch.float32), exact, rel=1e-6)
     close(outer(grad, x, torch.bfloat16), exact)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 120), inputs=EVEN, outputs=EVEN)
+def test_log_probabilities(rows: int, inputs: int, outputs: int) -> None:
+    """Logits are rounded to bfloat16 before the softmax, as everywhere."""
+    x, weight = bf16(rows, inputs), bf16(outputs, inputs, seed=1)
+    targets = torch.randint(outputs, (rows,), generator=torch.Generator().manual_seed(2))
+    exact = project(x, weight).double().log_softmax(-1)
+    found, surplus = log_probabilities(x, weight, targets)
+    assert (found.double() - exact.gather(1, targets[:, None])[:, 0]).abs().max() <= 1e-5 * exact.abs().max()
+    close(surplus, exact.exp() - F.one_hot(targets, outputs), abs_=1e-6)
 
 
 @settings(max_examples=40, deadline=None)

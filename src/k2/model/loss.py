@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from k2.kernels import cpu
+from k2.kernels.cpu import gemm
 from k2.model.backend import kernels_for, runs_in_c
 from k2.model.layers import upcast
+from k2.model.projection import project_back
 
 PRODUCT_ROWS = 256  # tokens of one matrix product: enough for full speed, and its logits are read while in cache
 CHUNK_VALUES = 2**18  # logits widened to float32 at once: 1 MiB stays in a core's own cache
@@ -24,6 +26,8 @@ def _surplus(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tuple[T
 
     One exponential per logit: the largest probability is one over the softmax's denominator.
     """
+    if runs_in_c(hidden_TD) and gemm.serves_gemm(hidden_TD, weight_VD):
+        return gemm.log_probabilities(hidden_TD, weight_VD, targets_T)
     surplus_TV = hidden_TD.new_empty(len(hidden_TD), len(weight_VD))
     rows, log_probs = max(1, CHUNK_VALUES // len(weight_VD)), []
     for hidden, targets, product in _split(PRODUCT_ROWS, hidden_TD, targets_T[:, None], surplus_TV):
@@ -66,7 +70,7 @@ class _TokenLogProbs(torch.autograd.Function):
         for hidden, targets, scale, out in _split(ctx.rows, hidden_TD, targets_T, -grad_T[:, None], grad_hidden):
             surplus = kept[0] if kept else _surplus(hidden, weight_VD, targets)[1]
             # The upstream gradient scales whole rows, so it is multiplied to the narrow side of both products.
-            out.copy_((surplus @ weight_VD) * scale)
+            out.copy_(project_back(surplus, weight_VD) * scale)
             term = surplus.T @ (hidden * scale).to(hidden.dtype)
             del surplus  # before the next rows'
             grad_weight = term if grad_weight is None else upcast(grad_weight).add_(term)

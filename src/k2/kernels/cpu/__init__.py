@@ -34,6 +34,7 @@ _SIGNATURES: Final = {
     "momentum": "pppnnnxx",
     "update": "pppnnnxx",
     "project": "ppppnnnn",
+    "log_probabilities": "ppppppnnn",
     "project_back": "ppppnnnn",
     "outer": "pppppnnnn",
     "symmetric_products": "p" * 7 + "n" * 5 + "xx",

@@ -7,6 +7,8 @@
 #ifdef __AVX512BF16__
 #include "gemm.h"
 
+void surplus(bf16 *logits, const int64_t *targets, float *log_probs, long tokens, long vocabulary);
+
 #define BLOCK (32 * TILE)  // rows that a thread multiplies at once
 
 long has_gemm(void) { return 1; }
@@ -28,6 +30,27 @@ void project(const bf16 *x, const void *weight, bf16 *out, pair *panels, long ro
         for (long row = 0; row < outputs; row += PANEL)
             panels_of_rows(below(weights, row), lesser(PANEL, outputs - row), in_panel(panels, row, inputs / 2));
         multiply(x, rows, panels, outputs, inputs / 2, out);
+    }
+}
+
+// Each token's log-probability of its target [N], and softmax minus the target's one-hot [N, O], of the logits that x
+// [N, I] times the transpose of weights [O, I] gives. Logits are read while they are in the caches.
+void log_probabilities(const bf16 *x, const bf16 *weight, const int64_t *targets, bf16 *out, float *log_probs,
+                       pair *panels, long rows, long inputs, long outputs) {
+    matrix weights = {weight, inputs, 0, NULL};
+    long pairs = inputs / 2, block = 8 * TILE;
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (long row = 0; row < outputs; row += PANEL)
+            panels_of_rows(below(weights, row), lesser(PANEL, outputs - row), in_panel(panels, row, pairs));
+#pragma omp for schedule(static)
+        for (long row = 0; row < rows; row += block) {
+            long count = lesser(block, rows - row);
+            bf16 *logits = out + row * outputs;
+            product((left){(const pair *)x + row * pairs, pairs, 1}, count, panels, outputs, pairs, logits, 0, EVERYWHERE);
+            surplus(logits, targets + row, log_probs + row, count, outputs);
+        }
     }
 }
 

@@ -39,6 +39,19 @@ def project(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     return out_NO
 
 
+def log_probabilities(x_NI: Tensor, weight_OI: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Each target's log-probability [N] float32 under softmax(x weight^T), and softmax minus its one-hot [N, O].
+
+    The weight is bfloat16.
+    """
+    x_NI, weight_OI, targets_N = x_NI.contiguous(), weight_OI.contiguous(), targets_N.contiguous()
+    rows, (outputs, inputs) = len(x_NI), weight_OI.shape
+    out_NO, log_probs_N = x_NI.new_empty(rows, outputs), torch.empty(rows, dtype=torch.float32)
+    tensors = x_NI, weight_OI, targets_N, out_NO, log_probs_N, panels(inputs, outputs)
+    _run("log_probabilities", *tensors, rows, inputs, outputs)
+    return log_probs_N, out_NO
+
+
 def project_back(grad_NO: Tensor, weight_OI: Tensor) -> Tensor:
     """Gradient by the rows that `project` took, [N, I]."""
     grad_NO, weight_OI = grad_NO.contiguous(), weight_OI.contiguous()
