@@ -48,7 +48,7 @@ e2e-k8s: $(READY) ## a real Kubernetes 1.20 with the platform and jobs on it; th
 tools: $(READY) ## fetch kubectl, helm, hadolint and promtool, with which more tests run
 	$(BIN)/python manifests/tools.py
 
-audit: $(READY) ## known weaknesses of what is locked, and of IMAGES; says so where their database cannot be reached
+audit: $(READY) ## locked versions, files and licences, known weaknesses, and IMAGES; exit 3 where it cannot look
 	$(BIN)/python -m manifests.audit $(IMAGES)
 
 lint: $(READY) ## ruff and mypy
