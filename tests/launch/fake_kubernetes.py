@@ -229,7 +229,9 @@ class Handler(BaseHTTPRequestHandler):
     def _create(self, collection: str, body: Object) -> tuple[int, Any]:
         if f"{collection}/{body['metadata']['name']}" in self.server.objects:
             return 409, problem(409, "already exists")
-        made = self.server.add(collection, body)
+        # As the real one, which has a pod's phase from its first moment on.
+        born = {"status": {"phase": "Pending"}} if collection.endswith("/pods") else {}
+        made = self.server.add(collection, born | body)
         if self.server.kubelet and collection.endswith("/jobs") and not body["spec"].get("suspend"):
             self.server.start(collection, made)
         return 201, made
