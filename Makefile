@@ -36,13 +36,13 @@ test: lint ## lint and all tests
 test-distributed: $(READY) ## training over 2, 4 and 8 ranks against one process, and ranks that fail
 	OMP_NUM_THREADS=1 K2_ALL_RANKS=1 $(BIN)/pytest -s tests/distributed tests/stages/test_pretrain_ranks.py
 
-e2e: $(READY) ## the CPU image, and the DAG in containers of it; needs root on Debian 12
+e2e: $(READY) ## all images, and the DAG in containers of the CPU image; needs root on Debian 12
 	images=$$($(BIN)/python -m tests.e2e_containers.prepare) && \
 	env $$images K2_E2E=containers $(BIN)/pytest tests/e2e_containers tests/images
 
 e2e-k8s: $(READY) ## a real Kubernetes 1.20 with the platform and jobs on it; the same, and 12 CPU minutes once
 	$(BIN)/python -m tests.e2e_k8s.build
-	images=$$($(BIN)/python -m tests.e2e_containers.prepare) && \
+	images=$$($(BIN)/python -m tests.e2e_containers.prepare cpu store) && \
 	env $$images K2_E2E=k8s $(BIN)/pytest tests/e2e_k8s
 
 tools: $(READY) ## fetch kubectl, helm, hadolint and promtool, with which more tests run

@@ -1,6 +1,6 @@
-"""Bring Debian's container tools and hadolint, and build the CPU image and the store's from Debian's own packages.
+"""Bring Debian's container tools and hadolint, and build images from Debian's own packages.
 
-python -m tests.e2e_containers.prepare      prints their names as variables
+python -m tests.e2e_containers.prepare [KIND...]      cpu, gpu and store, or some; prints their names as variables
 """
 
 import os
@@ -14,6 +14,7 @@ PACKAGES = (
     *("buildah", "conntrack", "containerd", "containernetworking-plugins", "curl", "dnsmasq-base", "docker-registry"),
     *("docker.io", "etcd-server", "iproute2", "iptables", "mmdebstrap", "openssl", "procps", "runc", "skopeo"),
 )
+VARIABLES = {"cpu": "K2_IMAGE", "gpu": "K2_GPU_IMAGE", "store": "K2_STORE_IMAGE"}
 
 
 def install() -> None:
@@ -46,6 +47,7 @@ def linter() -> None:
 if __name__ == "__main__":
     install()
     linter()
-    base, build_base = build.debian_base(build.PACKAGES), build.debian_base(build.BUILD_PACKAGES)
-    for variable, kind in (("K2_IMAGE", "cpu"), ("K2_STORE_IMAGE", "store")):
-        print(f"{variable}={build.build(kind, base, build_base, offline=True)}")
+    build_base = build.debian_base(build.BUILD_PACKAGES)
+    for kind in sys.argv[1:] or VARIABLES:
+        base = build.debian_base(build.GPU_PACKAGES if kind == "gpu" else build.PACKAGES)
+        print(f"{VARIABLES[kind]}={build.build(kind, base, build_base, offline=True)}")
