@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from k2.config.base import Section
 from k2.execution.contract import StageResult
@@ -16,6 +17,9 @@ from k2.store.embedded import Server, embedded_server
 from k2.store.lease import Lease
 from k2.store.work import WorkArea
 
+# A machine that is busy for a moment makes no property false.
+settings.register_profile("k2", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("k2")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
