@@ -37,9 +37,9 @@ _SIGNATURES: Final = {
     "log_probabilities": "ppppppnnn",
     "project_back": "ppppnnnn",
     "outer": "pppppnnnn",
-    "symmetric_products": "p" * 7 + "n" * 5 + "xx",
-    "experts_forward": "p" * 9 + "n" * 5,
-    "experts_backward": "p" * 13 + "n" * 5,
+    "symmetric_products": "p" * 7 + "n" * 6 + "xx",
+    "experts_forward": "p" * 9 + "n" * 6,
+    "experts_backward": "p" * 13 + "n" * 6,
 }
 
 

@@ -77,12 +77,14 @@ static void columns_times(matrix a, matrix b, long rows, scratch s, void *out, i
     }
 }
 
+// `memory` is enough for so many threads, whatever OpenMP would start.
+//
 // Gate and up of every row [N, G] and the weighted outputs [N, D] from x [T, D] and weights [E, G, D] and [E, D, F].
 void experts_forward(const bf16 *x, const int64_t *tokens, const float *scale, const int64_t *offsets,
                      const char *gate_up_weight, const char *down_weight, bf16 *gate_up, bf16 *out, bf16 *memory,
-                     long experts, long most_rows, long hidden, long inner, long wide) {
+                     long experts, long most_rows, long hidden, long inner, long wide, long threads) {
     long bytes = (wide ? 4 : 2) * hidden * inner;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
         scratch s = own_scratch(memory, most_rows, hidden, inner);
 #pragma omp for schedule(dynamic)
@@ -103,9 +105,9 @@ void experts_forward(const bf16 *x, const int64_t *tokens, const float *scale, c
 void experts_backward(const bf16 *grad, const bf16 *x, const int64_t *tokens, const float *scale,
                       const int64_t *offsets, const char *gate_up_weight, const char *down_weight, const bf16 *gate_up,
                       bf16 *grad_rows, float *grad_scale, char *grad_gate_up_weight, char *grad_down_weight,
-                      bf16 *memory, long experts, long most_rows, long hidden, long inner, long wide) {
+                      bf16 *memory, long experts, long most_rows, long hidden, long inner, long wide, long threads) {
     long bytes = (wide ? 4 : 2) * hidden * inner;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
         scratch s = own_scratch(memory, most_rows, hidden, inner);
 #pragma omp for schedule(dynamic)

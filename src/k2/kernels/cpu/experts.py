@@ -57,5 +57,6 @@ def _scratch(rows: ExpertRows, down_EDF: Tensor) -> tuple[Tensor, tuple[int, ...
     kernels = library()
     assert kernels is not None  # for the type: `serves_gemm` has said so
     size = kernels.experts_scratch(most_rows, hidden, inner)
-    memory = torch.empty(torch.get_num_threads(), size, dtype=torch.bfloat16)
-    return memory, (experts, most_rows, hidden, inner, int(down_EDF.dtype == torch.float32))
+    threads = torch.get_num_threads()
+    memory = torch.empty(threads, size, dtype=torch.bfloat16)
+    return memory, (experts, most_rows, hidden, inner, int(down_EDF.dtype == torch.float32), threads)

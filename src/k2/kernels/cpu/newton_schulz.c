@@ -43,10 +43,10 @@ static void half_product(const bf16 *a, const bf16 *b, float *sums, pair *lefts,
 
 // to [M, S, S] = alpha a b + beta added, all symmetric; factors lie as in `half_product`, K is even unless `turned`.
 void symmetric_products(const bf16 *a, const bf16 *b, const bf16 *added, bf16 *to, pair *lefts, pair *rights,
-                        float *sums, long matrices, long side, long inner, long turned, long own, float alpha,
-                        float beta) {
+                        float *sums, long matrices, long side, long inner, long turned, long own, long threads,
+                        float alpha, float beta) {
     long packed = padded(side, PANEL) * ((inner + 1) / 2), values = side * inner, size = side * side;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
         long thread = omp_get_thread_num();
         float *mine = sums + thread * size;

@@ -25,7 +25,7 @@ def symmetric_products(
     (matrices, side, _), inner, threads = out_MSS.shape, a_MSK.shape[2], torch.get_num_threads()
     turned, own = (not factor.is_contiguous() for factor in (a_MSK, b_MKS))
     lefts, rights = (torch.empty(threads, padded(side), inner, dtype=out_MSS.dtype) for _ in range(2))
-    sizes = matrices, side, inner, turned, own
+    sizes = matrices, side, inner, turned, own, threads
     sums = torch.empty(threads, side, side)
     _run("symmetric_products", a_MSK, b_MKS, added_MSS, out_MSS, lefts, rights, sums, *sizes, alpha, beta)
     return out_MSS
