@@ -59,7 +59,8 @@ class Killed(Objects):
 
     def put(self, data: Any) -> str:
         digest = super().put(data)
-        if self.state.step > SAVED:
+        work, key, *_ = self.base.split("/")
+        if self.state.step > SAVED and self.store.get(f"{work}/{key}/index.json"):  # the first is there as a whole
             os.kill(os.getpid(), signal.SIGKILL)
         return digest
 
