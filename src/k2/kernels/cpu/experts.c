@@ -70,11 +70,20 @@ static void columns_times(matrix a, matrix b, long rows, scratch s, void *out, i
     long pairs = (rows + 1) / 2;
     panels_of_columns(a, rows, 0, a.width, lefts);
     panels_of_columns(b, rows, 0, b.width, rights);
-    for (long column = 0; column < a.width; column += PANEL) {
-        left panel = {lefts + column * pairs, 1, PANEL};
-        void *to = (char *)out + column * b.width * (wide ? 4 : 2);
-        product(panel, lesser(PANEL, a.width - column), rights, b.width, pairs, to, wide, EVERYWHERE);
-    }
+    product_of_panels(lefts, a.width, rights, b.width, pairs, out, wide, EVERYWHERE);
+}
+
+// One expert: its rows, the first of all, and its weights.
+typedef struct {
+    long first, rows;
+    matrix up, down;
+} expert;
+
+static expert expert_of(long number, const int64_t *offsets, const char *gate_up, const char *down, long hidden,
+                        long inner, long wide) {
+    long bytes = (wide ? 4 : 2) * hidden * inner, first = offsets[number];
+    return (expert){first, offsets[number + 1] - first, {gate_up + 2 * number * bytes, hidden, wide, NULL},
+                    {down + number * bytes, inner, wide, NULL}};
 }
 
 // `memory` is enough for so many threads, whatever OpenMP would start.
@@ -83,20 +92,18 @@ static void columns_times(matrix a, matrix b, long rows, scratch s, void *out, i
 void experts_forward(const bf16 *x, const int64_t *tokens, const float *scale, const int64_t *offsets,
                      const char *gate_up_weight, const char *down_weight, bf16 *gate_up, bf16 *out, bf16 *memory,
                      long experts, long most_rows, long hidden, long inner, long wide, long threads) {
-    long bytes = (wide ? 4 : 2) * hidden * inner;
 #pragma omp parallel num_threads(threads)
     {
         scratch s = own_scratch(memory, most_rows, hidden, inner);
 #pragma omp for schedule(dynamic)
         for (long e = 0; e < experts; e++) {
-            long first = offsets[e], rows = offsets[e + 1] - first;
-            matrix up = {gate_up_weight + 2 * e * bytes, hidden, wide, NULL};
-            matrix down = {down_weight + e * bytes, inner, wide, NULL};
+            expert mine = expert_of(e, offsets, gate_up_weight, down_weight, hidden, inner, wide);
+            long first = mine.first, rows = mine.rows;
             gather((matrix){x, hidden, 0, tokens + first}, rows, s.part[ROWS_ND]);
             bf16 *middle = gate_up + first * 2 * inner;
-            rows_times_transpose(s.part[ROWS_ND], rows, up, 2 * inner, s.part[WEIGHTS], middle);
+            rows_times_transpose(s.part[ROWS_ND], rows, mine.up, 2 * inner, s.part[WEIGHTS], middle);
             gated(middle, scale + first, s.part[INNER_NF], rows, inner);
-            rows_times_transpose(s.part[INNER_NF], rows, down, hidden, s.part[WEIGHTS], out + first * hidden);
+            rows_times_transpose(s.part[INNER_NF], rows, mine.down, hidden, s.part[WEIGHTS], out + first * hidden);
         }
     }
 }
@@ -112,23 +119,23 @@ void experts_backward(const bf16 *grad, const bf16 *x, const int64_t *tokens, co
         scratch s = own_scratch(memory, most_rows, hidden, inner);
 #pragma omp for schedule(dynamic)
         for (long e = 0; e < experts; e++) {
-            long first = offsets[e], rows = offsets[e + 1] - first;
-            matrix up = {gate_up_weight + 2 * e * bytes, hidden, wide, NULL};
-            matrix down = {down_weight + e * bytes, inner, wide, NULL};
+            expert mine = expert_of(e, offsets, gate_up_weight, down_weight, hidden, inner, wide);
+            long first = mine.first, rows = mine.rows;
             matrix x_rows = {x, hidden, 0, tokens + first}, grad_out = {grad, hidden, 0, tokens + first};
-            matrix inner_rows = {s.part[INNER_NF], inner, 0, NULL}, grad_middle = {s.part[GRAD_GATE_UP_NG], 2 * inner, 0, NULL};
+            matrix inner_rows = {s.part[INNER_NF], inner, 0, NULL};
+            matrix grad_middle = {s.part[GRAD_GATE_UP_NG], 2 * inner, 0, NULL};
             const bf16 *middle = gate_up ? gate_up + first * 2 * inner : s.part[GATE_UP_NG];
             if (!gate_up) {
                 gather(x_rows, rows, s.part[ROWS_ND]);
-                rows_times_transpose(s.part[ROWS_ND], rows, up, 2 * inner, s.part[WEIGHTS], s.part[GATE_UP_NG]);
+                rows_times_transpose(s.part[ROWS_ND], rows, mine.up, 2 * inner, s.part[WEIGHTS], s.part[GATE_UP_NG]);
             }
             gather(grad_out, rows, s.part[ROWS_ND]);
-            rows_times(s.part[ROWS_ND], rows, down, hidden, s.part[WEIGHTS], s.part[GRAD_INNER_NF]);
+            rows_times(s.part[ROWS_ND], rows, mine.down, hidden, s.part[WEIGHTS], s.part[GRAD_INNER_NF]);
             gated_backward(s.part[GRAD_INNER_NF], middle, scale + first, s.part[INNER_NF], s.part[GRAD_GATE_UP_NG],
                            grad_scale + first, rows, inner);
             columns_times(grad_out, inner_rows, rows, s, grad_down_weight + e * bytes, wide);
             columns_times(grad_middle, x_rows, rows, s, grad_gate_up_weight + 2 * e * bytes, wide);
-            rows_times(s.part[GRAD_GATE_UP_NG], rows, up, 2 * inner, s.part[WEIGHTS], grad_rows + first * hidden);
+            rows_times(s.part[GRAD_GATE_UP_NG], rows, mine.up, 2 * inner, s.part[WEIGHTS], grad_rows + first * hidden);
         }
     }
 }

@@ -13,6 +13,19 @@ void surplus(bf16 *logits, const int64_t *targets, float *log_probs, long tokens
 
 long has_gemm(void) { return 1; }
 
+// `panels_of_rows` and `panels_of_columns` by all threads, a panel each.
+static void pack_rows(matrix m, long rows, pair *panels) {
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; row += PANEL)
+        panels_of_rows(below(m, row), lesser(PANEL, rows - row), in_panel(panels, row, m.width / 2));
+}
+
+static void pack_columns(matrix m, long rows, pair *panels) {
+#pragma omp for schedule(static)
+    for (long column = 0; column < m.width; column += PANEL)
+        panels_of_columns(m, rows, column, lesser(PANEL, m.width - column), in_panel(panels, column, (rows + 1) / 2));
+}
+
 static void multiply(const bf16 *x, long rows, const pair *panels, long outputs, long pairs, bf16 *out) {
 #pragma omp for schedule(static)
     for (long row = 0; row < rows; row += BLOCK)
@@ -26,9 +39,7 @@ void project(const bf16 *x, const void *weight, bf16 *out, pair *panels, long ro
     matrix weights = {weight, inputs, wide, NULL};
 #pragma omp parallel
     {
-#pragma omp for schedule(static)
-        for (long row = 0; row < outputs; row += PANEL)
-            panels_of_rows(below(weights, row), lesser(PANEL, outputs - row), in_panel(panels, row, inputs / 2));
+        pack_rows(weights, outputs, panels);
         multiply(x, rows, panels, outputs, inputs / 2, out);
     }
 }
@@ -41,9 +52,7 @@ void log_probabilities(const bf16 *x, const bf16 *weight, const int64_t *targets
     long pairs = inputs / 2, block = 8 * TILE;
 #pragma omp parallel
     {
-#pragma omp for schedule(static)
-        for (long row = 0; row < outputs; row += PANEL)
-            panels_of_rows(below(weights, row), lesser(PANEL, outputs - row), in_panel(panels, row, pairs));
+        pack_rows(weights, outputs, panels);
 #pragma omp for schedule(static)
         for (long row = 0; row < rows; row += block) {
             long count = lesser(block, rows - row);
@@ -60,10 +69,7 @@ void project_back(const bf16 *x, const void *weight, bf16 *out, pair *panels, lo
     matrix weights = {weight, inputs, wide, NULL};
 #pragma omp parallel
     {
-#pragma omp for schedule(static)
-        for (long column = 0; column < inputs; column += PANEL)
-            panels_of_columns(weights, outputs, column, lesser(PANEL, inputs - column),
-                              in_panel(panels, column, outputs / 2));
+        pack_columns(weights, outputs, panels);
         multiply(x, rows, panels, inputs, outputs / 2, out);
     }
 }
@@ -75,16 +81,12 @@ void outer(const bf16 *a, const bf16 *b, void *out, pair *a_panels, pair *b_pane
     long pairs = (rows + 1) / 2;
 #pragma omp parallel
     {
-#pragma omp for schedule(static) nowait
-        for (long column = 0; column < a_width; column += PANEL)
-            panels_of_columns(lefts, rows, column, lesser(PANEL, a_width - column), in_panel(a_panels, column, pairs));
-#pragma omp for schedule(static)
-        for (long column = 0; column < b_width; column += PANEL)
-            panels_of_columns(rights, rows, column, lesser(PANEL, b_width - column), in_panel(b_panels, column, pairs));
+        pack_columns(lefts, rows, a_panels);
+        pack_columns(rights, rows, b_panels);
 #pragma omp for schedule(static)
         for (long column = 0; column < a_width; column += PANEL)
-            product((left){in_panel(a_panels, column, pairs), 1, PANEL}, lesser(PANEL, a_width - column), b_panels,
-                    b_width, pairs, (char *)out + column * b_width * (wide ? 4 : 2), wide, EVERYWHERE);
+            product_of_panels(in_panel(a_panels, column, pairs), lesser(PANEL, a_width - column), b_panels, b_width,
+                              pairs, (char *)out + column * b_width * (wide ? 4 : 2), wide, EVERYWHERE);
     }
 }
 #else

@@ -110,8 +110,8 @@ static void panels_of_columns(matrix m, long rows, long first, long columns, pai
 }
 
 // `rows` x `vectors` LANES sums over all pairs into `out`, whose row has `columns` left and `width` in all.
-INLINE void tile(left a, const pair *b, long pairs, void *out, int wide, long width, long columns,
-                           const int rows, const int vectors) {
+INLINE void tile(left a, const pair *b, long pairs, void *out, int wide, long width, long columns, const int rows,
+                 const int vectors) {
     __m512 sums[TILE][VECTORS];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
@@ -150,8 +150,7 @@ INLINE void tile(left a, const pair *b, long pairs, void *out, int wide, long wi
         break;
 
 // As `tile`, for any number of rows up to TILE and of vectors up to VECTORS.
-static void any_tile(left a, const pair *b, long pairs, void *out, int wide, long width, long columns,
-                               long rows) {
+static void any_tile(left a, const pair *b, long pairs, void *out, int wide, long width, long columns, long rows) {
     long vectors = lesser(VECTORS, (columns + LANES - 1) / LANES);
     switch (rows) { TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6) }
 }
@@ -167,4 +166,12 @@ static void product(left a, long rows, const pair *panels, long columns, long pa
             long end = lesser(columns, padded(diagonal + row + TILE, LANES));
             any_tile(from, panels + column * pairs, pairs, to, wide, columns, end - column, lesser(TILE, rows - row));
         }
+}
+
+// As `product`, of a left factor that lies in panels of columns.
+static void product_of_panels(const pair *lefts, long rows, const pair *panels, long columns, long pairs, void *out,
+                              int wide, long diagonal) {
+    for (long row = 0; row < rows; row += PANEL)
+        product((left){lefts + row * pairs, 1, PANEL}, lesser(PANEL, rows - row), panels, columns, pairs,
+                (char *)out + row * columns * (wide ? 4 : 2), wide, diagonal + row);
 }

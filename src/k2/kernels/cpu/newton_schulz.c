@@ -36,9 +36,7 @@ static void half_product(const bf16 *a, const bf16 *b, float *sums, pair *lefts,
     else panels_of_columns(right_factor, inner, 0, side, rights);
     if (!turned) return product((left){(const pair *)a, pairs, 1}, side, rights, side, pairs, sums, 1, 0);
     panels_of_columns(by_rows, inner, 0, side, lefts);
-    for (long row = 0; row < side; row += PANEL)
-        product((left){in_panel(lefts, row, pairs), 1, PANEL}, lesser(PANEL, side - row), rights, side, pairs,
-                sums + row * side, 1, row);
+    product_of_panels(lefts, side, rights, side, pairs, sums, 1, 0);
 }
 
 // to [M, S, S] = alpha a b + beta added, all symmetric; factors lie as in `half_product`, K is even unless `turned`.
