@@ -1,6 +1,7 @@
 """A layout that has no room in memory is refused before anything is built, with what fits instead."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from k2.config.pretrain import PretrainConfig
 from k2.errors import UserError
 from k2.planner.layout import Layout, default_layout
 from k2.planner.memory import stage_memory
-from k2.training import pretraining
+from k2.training import pretraining, room
 from k2.training.room import device_room, require_room
 
 PRETRAIN = load_config("tiny").pretrain
@@ -42,15 +43,25 @@ def test_and_if_nothing_is_enough_more_ranks() -> None:
 
 
 def test_this_machine_has_room() -> None:
-    device, room = device_room()
+    device, free = device_room()
     assert device in ("cpu", "cuda")
-    assert room > 1e8
+    assert free > 1e8
 
 
 def test_ranks_of_one_machine_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = device_room()[1]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     assert device_room()[1] < alone / 100
+
+
+def test_a_container_s_limit_holds_and_files_it_read_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory.max").write_text("50000000\n")
+    (tmp_path / "memory.current").write_text("45000000\n")
+    (tmp_path / "memory.stat").write_text("anon 5000000\nfile 40000000\ninactive_file 38000000\n")
+    monkeypatch.setattr(room, "CGROUP", tmp_path)
+    assert device_room() == ("cpu", 43e6)
 
 
 def test_pretraining_asks_before_it_builds(monkeypatch: pytest.MonkeyPatch) -> None:

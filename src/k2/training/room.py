@@ -13,6 +13,7 @@ from k2.planner.layout import ACTIVATION_SWITCHES, Layout
 from k2.planner.memory import stage_memory
 
 GIGA = 1e9
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def device_room() -> tuple[str, float]:
@@ -31,11 +32,14 @@ def _machine() -> float:
 
 
 def _container() -> float:
-    """What the container's limit leaves, if there is one."""
-    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    """What the container's limit leaves, if there is one. Files it has read count as used, but give way to programs."""
+    limit = CGROUP / "memory.max"
     if not limit.exists() or limit.read_text().strip() == "max":
         return float("inf")
-    return float(limit.read_text()) - float(used.read_text())
+    cached = next(
+        line for line in (CGROUP / "memory.stat").read_text().splitlines() if line.startswith("inactive_file")
+    )
+    return float(limit.read_text()) - float((CGROUP / "memory.current").read_text()) + float(cached.split()[1])
 
 
 def require_room(config: PretrainConfig, layout: Layout, stage: int, device: str, room: float) -> None:
