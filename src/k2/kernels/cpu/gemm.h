@@ -150,7 +150,7 @@ INLINE void tile(left a, const pair *b, long pairs, void *out, int wide, long wi
         break;
 
 // As `tile`, for any number of rows up to TILE and of vectors up to VECTORS.
-static void any_tile(left a, const pair *b, long pairs, void *out, int wide, long width, long columns, long rows) {
+INLINE void any_tile(left a, const pair *b, long pairs, void *out, int wide, long width, long columns, long rows) {
     long vectors = lesser(VECTORS, (columns + LANES - 1) / LANES);
     switch (rows) { TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6) }
 }

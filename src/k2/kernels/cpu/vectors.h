@@ -4,7 +4,7 @@
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -42,7 +42,13 @@ static const ints NUMBERS = {
 #endif
 };
 
-static inline floats widen(halves x) { return (floats)(__builtin_convertvector(x, words) << 16); }
+static inline floats widen(halves x) {
+#ifdef __AVX512F__
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);  // GCC would piece it together from halves
+#else
+    return (floats)(__builtin_convertvector(x, words) << 16);
+#endif
+}
 
 static inline halves narrow(floats x) {
 #ifdef __AVX512BF16__
@@ -107,7 +113,14 @@ static inline void store_wide(float *to, floats x, long count) {
         }                                    \
     }
 
+#define LARGER(a, b) ((a) > (b) ? (a) : (b))
+
 // Lanes combined in halves, in an order that does not depend on the compiler.
+#ifdef __AVX512F__
+static inline float sum(floats x) { return _mm512_reduce_add_ps((__m512)x); }
+
+static inline float largest(floats x) { return _mm512_reduce_max_ps((__m512)x); }
+#else
 #define FOLD(x, combine)                               \
     float lanes[LANES];                                \
     memcpy(lanes, &x, sizeof lanes);                   \
@@ -115,16 +128,22 @@ static inline void store_wide(float *to, floats x, long count) {
         for (int i = 0; i < half; i++) lanes[i] = combine(lanes[i], lanes[i + half]); \
     return lanes[0];
 #define ADD(a, b) ((a) + (b))
-#define LARGER(a, b) ((a) > (b) ? (a) : (b))
 
 static inline float sum(floats x) { FOLD(x, ADD) }
 
 static inline float largest(floats x) { FOLD(x, LARGER) }
+#endif
 
-// e^x to 2 units in the last place; 0 below -87.3, where float32 ends; x must not exceed 88.
+// e^x to 2 units in the last place; 0 or a denormal below -87.3, where float32 ends, and no less than e^88 above 88.
 static inline floats exponential(floats x) {
+#ifdef __AVX512F__
+    x = (floats)_mm512_max_ps((__m512)all(-104), (__m512)x);  // not minus infinity; a NaN stays
+    floats n = (floats)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
+#else
+    x = either(x > 88, all(88), x);
     const floats shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
     floats shifted = x * 1.44269504f + shift, n = shifted - shift;
+#endif
     floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
     floats p = all(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -133,14 +152,14 @@ static inline floats exponential(floats x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#ifdef __AVX512F__
+    return (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     floats result = (floats)((ints)p + (((ints)shifted - 0x4b400000) << 23));
     result = either(x < -87.3f, all(0), result);
     return either(x != x, x, result);
+#endif
 }
 
-// 1 / (1 + e^-x), from the side where the exponential is at most one.
-static inline floats sigmoid(floats x) {
-    ints positive = x > 0;
-    floats e = exponential(either(positive, -x, x));
-    return either(positive, all(1), e) / (1.0f + e);
-}
+// 1 / (1 + e^-x).
+static inline floats sigmoid(floats x) { return 1.0f / (1.0f + exponential(-x)); }
