@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from k2.config.model import ModelConfig, Recompute
+from k2.kernels.cpu import spare
 from k2.model.activations import Activations, drop_it
 from k2.model.initial import draw
 from k2.model.layers import GatedMLP, Linear, RMSNorm
@@ -140,6 +141,11 @@ class Transformer(nn.Module):
             parameter.data = parameter.data.bfloat16()
             parameter.grad_dtype = torch.float32
         return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients; on a CPU the next ones are written into their memory."""
+        with spare.left():
+            super().zero_grad(set_to_none)
 
     def forward(
         self,

@@ -193,6 +193,7 @@ def train_step(
     """
     plan, optimizer = plan or SingleProcess(), state.optimizer
     state.model.train()
+    state.model.zero_grad()
     optimizer.zero_grad()
     sums = _accumulate(state, batches, loss_fn, plan)
     _share(sums, optimizer, plan)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from k2.kernels.cpu import _run
+from k2.kernels.cpu import _run, spare
 from k2.kernels.cpu.build import library
 
 
@@ -43,11 +43,11 @@ def experts_backward(
     grad_TD, x_TD, gate_up_EGD, down_EDF = (x.contiguous() for x in (grad_TD, x_TD, gate_up_EGD, down_EDF))
     kept = None if gate_up_NG is None else gate_up_NG.contiguous()
     grads = x_TD.new_empty(len(rows.tokens_N), x_TD.shape[1]), torch.empty_like(rows.scale_N)
-    grad_weights = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
+    grad_weights = [spare.empty(weight.shape, weight.dtype) for weight in (gate_up_EGD, down_EDF)]
     memory, sizes = _scratch(rows, down_EDF)
     tensors = grad_TD, x_TD, *rows, gate_up_EGD, down_EDF, kept, *grads, *grad_weights
     _run("experts_backward", *tensors, memory, *sizes)
-    return *grads, *grad_weights
+    return *grads, grad_weights[0], grad_weights[1]
 
 
 def _scratch(rows: ExpertRows, down_EDF: Tensor) -> tuple[Tensor, tuple[int, ...]]:

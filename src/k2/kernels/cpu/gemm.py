@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from k2.kernels.cpu import _run, serves
+from k2.kernels.cpu import _run, serves, spare
 from k2.kernels.cpu.build import library
 
 PANEL = 64  # columns of a packed factor in gemm.h
@@ -66,7 +66,7 @@ def outer(a_NA: Tensor, b_NB: Tensor, dtype: torch.dtype) -> Tensor:
     """a^T b [A, B] in float32 or bfloat16: a weight's gradient."""
     a_NA, b_NB = a_NA.contiguous(), b_NB.contiguous()
     rows, sizes = len(a_NA), (a_NA.shape[1], b_NB.shape[1])
-    out_AB = torch.empty(sizes, dtype=dtype)
+    out_AB = spare.empty(sizes, dtype)
     packed = [panels(rows, size) for size in sizes]
     _run("outer", a_NA, b_NB, out_AB, *packed, rows, *sizes, _wide(out_AB))
     return out_AB
