@@ -27,10 +27,11 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from k2.config.base import Kernels
 from k2.config.model import ModelConfig
 from k2.config.optimizer import OptimizerConfig
+from k2.model.attention import attend
 from k2.model.backend import use_kernels
 from k2.model.hf import to_hf_config
 from k2.model.layout import logical_tensors
-from k2.model.mla import attend, attention_context
+from k2.model.mla import attention_context
 from k2.model.rope import softmax_scale
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip

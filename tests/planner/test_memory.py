@@ -14,8 +14,8 @@ from k2.config.pretrain import PretrainConfig
 from k2.distributed.zero import BUCKET_VALUES
 from k2.kernels.cpu import PARTIAL_ROWS
 from k2.kernels.cpu.gemm import PANEL
+from k2.model.attention import QUERY_BLOCK
 from k2.model.loss import KEPT_VALUES
-from k2.model.mla import QUERY_BLOCK
 from k2.optim.newton_schulz import CHUNK_BYTES
 from k2.planner import activations, layers, memory
 from k2.planner.layout import PUBLISHED_RECOMPUTE, default_layout

@@ -16,11 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from k2.config.model import ModelConfig, Recompute
 from k2.kernels.cpu import spare
 from k2.model.activations import Activations, drop_it
+from k2.model.attention import AttentionContext
 from k2.model.initial import draw
 from k2.model.layers import GatedMLP, Linear, RMSNorm
 from k2.model.layout import logical_tensors
 from k2.model.loss import token_log_probs
-from k2.model.mla import AttentionContext, LatentAttention, attention_context
+from k2.model.mla import LatentAttention, attention_context
 from k2.model.moe import Experts, MixtureOfExperts, Routing, WeightTransform, balance_loss
 from k2.model.offload import Offload
 

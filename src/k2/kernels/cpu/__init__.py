@@ -38,6 +38,8 @@ _SIGNATURES: Final = {
     "project_back": "ppppnnnn",
     "outer": "pppppnnnn",
     "symmetric_products": "p" * 7 + "n" * 6 + "xx",
+    "causal_attention": "p" * 8 + "n" * 6 + "x",
+    "causal_attention_backward": "p" * 10 + "n" * 6 + "x",
     "experts_forward": "p" * 9 + "n" * 6,
     "experts_backward": "p" * 13 + "n" * 6,
 }

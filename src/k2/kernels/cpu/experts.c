@@ -55,22 +55,23 @@ static void gather(matrix m, long rows, bf16 *to) {
 // out [rows, O] = x [rows, I] times the transpose of weights [O, I].
 static void rows_times_transpose(const bf16 *x, long rows, matrix weights, long outputs, pair *panels, bf16 *out) {
     panels_of_rows(weights, outputs, panels);
-    product((left){(const pair *)x, weights.width / 2, 1}, rows, panels, outputs, weights.width / 2, out, 0, EVERYWHERE);
+    long pairs = weights.width / 2;
+    product(rows_of(x, weights.width), rows, (right){panels, pairs}, outputs, pairs, out, NARROW, EVERYWHERE);
 }
 
 // out [rows, O] = x [rows, I] times weights [I, O].
 static void rows_times(const bf16 *x, long rows, matrix weights, long inputs, pair *panels, bf16 *out) {
     panels_of_columns(weights, inputs, 0, weights.width, panels);
-    product((left){(const pair *)x, inputs / 2, 1}, rows, panels, weights.width, inputs / 2, out, 0, EVERYWHERE);
+    long pairs = inputs / 2;
+    product(rows_of(x, inputs), rows, (right){panels, pairs}, weights.width, pairs, out, NARROW, EVERYWHERE);
 }
 
 // out [A, B] = a^T b for matrices of `rows` rows, A and B wide.
 static void columns_times(matrix a, matrix b, long rows, scratch s, void *out, int wide) {
     pair *lefts = s.part[LEFT], *rights = s.part[RIGHT];
-    long pairs = (rows + 1) / 2;
     panels_of_columns(a, rows, 0, a.width, lefts);
     panels_of_columns(b, rows, 0, b.width, rights);
-    product_of_panels(lefts, a.width, rights, b.width, pairs, out, wide, EVERYWHERE);
+    product_of_panels(lefts, a.width, (right){rights, (rows + 1) / 2}, b.width, out, wide ? WIDE : NARROW, EVERYWHERE);
 }
 
 // One expert: its rows, the first of all, and its weights.

@@ -29,8 +29,8 @@ static void pack_columns(matrix m, long rows, pair *panels) {
 static void multiply(const bf16 *x, long rows, const pair *panels, long outputs, long pairs, bf16 *out) {
 #pragma omp for schedule(static)
     for (long row = 0; row < rows; row += BLOCK)
-        product((left){(const pair *)x + row * pairs, pairs, 1}, lesser(BLOCK, rows - row), panels, outputs, pairs,
-                out + row * outputs, 0, EVERYWHERE);
+        product(rows_of(x + row * 2 * pairs, 2 * pairs), lesser(BLOCK, rows - row), (right){panels, pairs}, outputs, pairs,
+                out + row * outputs, NARROW, EVERYWHERE);
 }
 
 // out [N, O] = x [N, I] times the transpose of weights [O, I].
@@ -57,7 +57,8 @@ void log_probabilities(const bf16 *x, const bf16 *weight, const int64_t *targets
         for (long row = 0; row < rows; row += block) {
             long count = lesser(block, rows - row);
             bf16 *logits = out + row * outputs;
-            product((left){(const pair *)x + row * pairs, pairs, 1}, count, panels, outputs, pairs, logits, 0, EVERYWHERE);
+            product(rows_of(x + row * inputs, inputs), count, (right){panels, pairs}, outputs, pairs, logits, NARROW,
+                    EVERYWHERE);
             surplus(logits, targets + row, log_probs + row, count, outputs);
         }
     }
@@ -85,8 +86,8 @@ void outer(const bf16 *a, const bf16 *b, void *out, pair *a_panels, pair *b_pane
         pack_columns(rights, rows, b_panels);
 #pragma omp for schedule(static)
         for (long column = 0; column < a_width; column += PANEL)
-            product_of_panels(in_panel(a_panels, column, pairs), lesser(PANEL, a_width - column), b_panels, b_width,
-                              pairs, (char *)out + column * b_width * (wide ? 4 : 2), wide, EVERYWHERE);
+            product_of_panels(in_panel(a_panels, column, pairs), lesser(PANEL, a_width - column), (right){b_panels, pairs},
+                              b_width, (char *)out + column * b_width * (wide ? 4 : 2), wide ? WIDE : NARROW, EVERYWHERE);
     }
 }
 #else

@@ -30,6 +30,17 @@ typedef struct {
     long row, pair;
 } left;
 
+static inline left rows_of(const bf16 *start, long width) { return (left){(const pair *)start, width / 2, 1}; }
+
+// A packed right factor: how many pairs a panel has in memory.
+typedef struct {
+    const pair *panels;
+    long pairs;
+} right;
+
+// What a product becomes: bfloat16, float32, or float32 that is added to what is there.
+enum { NARROW, WIDE, ADDED };
+
 static inline long padded(long count, long multiple) { return (count + multiple - 1) / multiple * multiple; }
 
 INLINE __mmask16 lanes_below(long count) { return count >= LANES ? 0xffff : (1u << lesser(count, LANES)) - 1; }
@@ -109,24 +120,27 @@ static void panels_of_columns(matrix m, long rows, long first, long columns, pai
         }
 }
 
-// `rows` x `vectors` LANES sums over all pairs into `out`, whose row has `columns` left and `width` in all.
-INLINE void tile(left a, const pair *b, long pairs, void *out, int wide, long width, long columns, const int rows,
+// `rows` x `vectors` LANES sums over `pairs` into `out`, whose row has `columns` left and `width` in all.
+INLINE void tile(left a, const pair *b, long pairs, void *out, int form, long width, long columns, const int rows,
                  const int vectors) {
     __m512 sums[TILE][VECTORS];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sums[r][v] = _mm512_setzero_ps();
+        for (int v = 0; v < vectors; v++)
+            sums[r][v] = form == ADDED ? _mm512_maskz_loadu_ps(lanes_below(columns - v * LANES),
+                                                               (float *)out + r * width + v * LANES)
+                                       : _mm512_setzero_ps();
     for (long k = 0; k < pairs; k++) {
-        __m512i right[VECTORS];
+        __m512i lanes[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) right[v] = _mm512_loadu_si512(b + k * PANEL + v * LANES);
+        for (int v = 0; v < vectors; v++) lanes[v] = _mm512_loadu_si512(b + k * PANEL + v * LANES);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             __m512i each = _mm512_set1_epi32(a.start[r * a.row + k * a.pair]);
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++)
-                sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)each, (__m512bh)right[v]);
+                sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)each, (__m512bh)lanes[v]);
         }
     }
 #pragma GCC unroll 6
@@ -135,43 +149,43 @@ INLINE void tile(left a, const pair *b, long pairs, void *out, int wide, long wi
         for (int v = 0; v < vectors; v++) {
             __mmask16 mask = lanes_below(columns - v * LANES);
             long at = r * width + v * LANES;
-            if (wide) _mm512_mask_storeu_ps((float *)out + at, mask, sums[r][v]);
+            if (form != NARROW) _mm512_mask_storeu_ps((float *)out + at, mask, sums[r][v]);
             else _mm256_mask_storeu_epi16((bf16 *)out + at, mask, (__m256i)_mm512_cvtneps_pbh(sums[r][v]));
         }
 }
 
-#define TILE_OF(rows)                                                                                   \
-    case rows:                                                                                          \
-        if (vectors == VECTORS) tile(a, b, pairs, out, wide, width, columns, rows, VECTORS);            \
-        else                                                                                            \
-            for (long v = 0; v < vectors; v++)                                                          \
-                tile(a, b + v * LANES, pairs, (char *)out + v * LANES * (wide ? 4 : 2), wide, width,    \
-                     columns - v * LANES, rows, 1);                                                     \
+#define TILE_OF(rows)                                                                                      \
+    case rows:                                                                                             \
+        if (vectors == VECTORS) tile(a, b, pairs, out, form, width, columns, rows, VECTORS);               \
+        else                                                                                               \
+            for (long v = 0; v < vectors; v++)                                                             \
+                tile(a, b + v * LANES, pairs, (char *)out + v * LANES * (form == NARROW ? 2 : 4), form,    \
+                     width, columns - v * LANES, rows, 1);                                                 \
         break;
 
 // As `tile`, for any number of rows up to TILE and of vectors up to VECTORS.
-INLINE void any_tile(left a, const pair *b, long pairs, void *out, int wide, long width, long columns, long rows) {
+INLINE void any_tile(left a, const pair *b, long pairs, void *out, int form, long width, long columns, long rows) {
     long vectors = lesser(VECTORS, (columns + LANES - 1) / LANES);
     switch (rows) { TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6) }
 }
 
-// out [rows, columns], float32 if `wide` and else bfloat16, = left [rows, pairs] times panels. If the rows are those from
-// `diagonal` on of a square and not EVERYWHERE is wanted, what lies right of its diagonal is left out, up to LANES - 1.
-static void product(left a, long rows, const pair *panels, long columns, long pairs, void *out, int wide, long diagonal) {
-    long size = wide ? 4 : 2;
+// out [rows, columns] in some form from left [rows, pairs] times a packed factor, of which the first `pairs` count. If
+// the rows are those from `diagonal` on of a square and not EVERYWHERE is wanted, what lies right of its diagonal is left
+// out, up to LANES - 1.
+static void product(left a, long rows, right b, long columns, long pairs, void *out, int form, long diagonal) {
+    long size = form == NARROW ? 2 : 4;
     for (long column = 0; column < columns; column += PANEL)
         for (long row = column > diagonal ? (column - diagonal) / TILE * TILE : 0; row < rows; row += TILE) {
             left from = {a.start + row * a.row, a.row, a.pair};
             void *to = (char *)out + (row * columns + column) * size;
             long end = lesser(columns, padded(diagonal + row + TILE, LANES));
-            any_tile(from, panels + column * pairs, pairs, to, wide, columns, end - column, lesser(TILE, rows - row));
+            any_tile(from, b.panels + column * b.pairs, pairs, to, form, columns, end - column, lesser(TILE, rows - row));
         }
 }
 
-// As `product`, of a left factor that lies in panels of columns.
-static void product_of_panels(const pair *lefts, long rows, const pair *panels, long columns, long pairs, void *out,
-                              int wide, long diagonal) {
+// As `product`, of a left factor that lies in panels of columns too, all of whose pairs count.
+static void product_of_panels(const pair *lefts, long rows, right b, long columns, void *out, int form, long diagonal) {
     for (long row = 0; row < rows; row += PANEL)
-        product((left){lefts + row * pairs, 1, PANEL}, lesser(PANEL, rows - row), panels, columns, pairs,
-                (char *)out + row * columns * (wide ? 4 : 2), wide, diagonal + row);
+        product((left){lefts + row * b.pairs, 1, PANEL}, lesser(PANEL, rows - row), b, columns, b.pairs,
+                (char *)out + row * columns * (form == NARROW ? 2 : 4), form, diagonal + row);
 }

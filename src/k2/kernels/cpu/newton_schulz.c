@@ -34,9 +34,10 @@ static void half_product(const bf16 *a, const bf16 *b, float *sums, pair *lefts,
     matrix by_rows = {a, side, 0, NULL}, right_factor = {b, own ? inner : side, 0, NULL};
     if (own) panels_of_rows(right_factor, side, rights);
     else panels_of_columns(right_factor, inner, 0, side, rights);
-    if (!turned) return product((left){(const pair *)a, pairs, 1}, side, rights, side, pairs, sums, 1, 0);
+    right packed = {rights, pairs};
+    if (!turned) return product(rows_of(a, inner), side, packed, side, pairs, sums, WIDE, 0);
     panels_of_columns(by_rows, inner, 0, side, lefts);
-    product_of_panels(lefts, side, rights, side, pairs, sums, 1, 0);
+    product_of_panels(lefts, side, packed, side, sums, WIDE, 0);
 }
 
 // to [M, S, S] = alpha a b + beta added, all symmetric; factors lie as in `half_product`, K is even unless `turned`.
