@@ -14,7 +14,7 @@ from k2.kernels import cpu
 from k2.kernels.cpu import gemm
 from k2.model.backend import kernels_for, runs_in_c
 from k2.model.layers import upcast
-from k2.model.projection import project_back
+from k2.model.projection import outer, project_back
 
 PRODUCT_ROWS = 256  # tokens of one matrix product: enough for full speed, and its logits are read while in cache
 CHUNK_VALUES = 2**18  # logits widened to float32 at once: 1 MiB stays in a core's own cache
@@ -28,6 +28,7 @@ def _surplus(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tuple[T
     """
     if runs_in_c(hidden_TD) and gemm.serves_gemm(hidden_TD, weight_VD):
         return gemm.log_probabilities(hidden_TD, weight_VD, targets_T)
+    weight_VD = weight_VD.to(hidden_TD.dtype)
     surplus_TV = hidden_TD.new_empty(len(hidden_TD), len(weight_VD))
     rows, log_probs = max(1, CHUNK_VALUES // len(weight_VD)), []
     for hidden, targets, product in _split(PRODUCT_ROWS, hidden_TD, targets_T[:, None], surplus_TV):
@@ -71,7 +72,7 @@ class _TokenLogProbs(torch.autograd.Function):
             surplus = kept[0] if kept else _surplus(hidden, weight_VD, targets)[1]
             # The upstream gradient scales whole rows, so it is multiplied to the narrow side of both products.
             out.copy_(project_back(surplus, weight_VD) * scale)
-            term = surplus.T @ (hidden * scale).to(hidden.dtype)
+            term = outer(surplus, (hidden * scale).to(hidden.dtype), weight_VD.dtype)
             del surplus  # before the next rows'
             grad_weight = term if grad_weight is None else upcast(grad_weight).add_(term)
         assert grad_weight is not None  # for the type: there is at least one token
@@ -83,8 +84,7 @@ def token_log_probs(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> 
 
     For a temperature divide `hidden_TD` by it.
     """
-    weight_VD = weight_VD.to(hidden_TD.dtype)
     if kernels := kernels_for(hidden_TD):
-        return cast(Tensor, kernels.token_log_probs(hidden_TD, weight_VD, targets_T))
+        return cast(Tensor, kernels.token_log_probs(hidden_TD, weight_VD.to(hidden_TD.dtype), targets_T))
     result: Tensor = _TokenLogProbs.apply(hidden_TD, weight_VD, targets_T)  # type: ignore[no-untyped-call]
     return result

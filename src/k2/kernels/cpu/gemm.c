@@ -5,6 +5,7 @@
 #include "vectors.h"
 
 #ifdef __AVX512BF16__
+#include <omp.h>
 #include "gemm.h"
 
 void surplus(bf16 *logits, const int64_t *targets, float *log_probs, long tokens, long vocabulary);
@@ -46,9 +47,9 @@ void project(const bf16 *x, const void *weight, bf16 *out, pair *panels, long ro
 
 // Each token's log-probability of its target [N], and softmax minus the target's one-hot [N, O], of the logits that x
 // [N, I] times the transpose of weights [O, I] gives. Logits are read while they are in the caches.
-void log_probabilities(const bf16 *x, const bf16 *weight, const int64_t *targets, bf16 *out, float *log_probs,
-                       pair *panels, long rows, long inputs, long outputs) {
-    matrix weights = {weight, inputs, 0, NULL};
+void log_probabilities(const bf16 *x, const void *weight, const int64_t *targets, bf16 *out, float *log_probs,
+                       pair *panels, long rows, long inputs, long outputs, long wide) {
+    matrix weights = {weight, inputs, wide, NULL};
     long pairs = inputs / 2, block = 8 * TILE;
 #pragma omp parallel
     {
@@ -75,19 +76,22 @@ void project_back(const bf16 *x, const void *weight, bf16 *out, pair *panels, lo
     }
 }
 
-// out [A, B], float32 if `wide` and else bfloat16, = a [N, A] transposed times b [N, B].
-void outer(const bf16 *a, const bf16 *b, void *out, pair *a_panels, pair *b_panels, long rows, long a_width,
-           long b_width, long wide) {
-    matrix lefts = {a, a_width, 0, NULL}, rights = {b, b_width, 0, NULL};
+// out [A, B], float32 if `wide` and else bfloat16, = a [N, A] transposed times b [N, B]. A thread has a panel of `lefts`.
+void outer(const bf16 *a, const bf16 *b, void *out, pair *lefts, pair *rights, long rows, long a_width, long b_width,
+           long wide, long threads) {
+    matrix columns = {a, a_width, 0, NULL}, others = {b, b_width, 0, NULL};
     long pairs = (rows + 1) / 2;
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
-        pack_columns(lefts, rows, a_panels);
-        pack_columns(rights, rows, b_panels);
+        pair *panel = lefts + omp_get_thread_num() * pairs * PANEL;
+        pack_columns(others, rows, rights);
 #pragma omp for schedule(static)
-        for (long column = 0; column < a_width; column += PANEL)
-            product_of_panels(in_panel(a_panels, column, pairs), lesser(PANEL, a_width - column), (right){b_panels, pairs},
-                              b_width, (char *)out + column * b_width * (wide ? 4 : 2), wide ? WIDE : NARROW, EVERYWHERE);
+        for (long column = 0; column < a_width; column += PANEL) {
+            long count = lesser(PANEL, a_width - column);
+            panels_of_columns(columns, rows, column, count, panel);
+            product_of_panels(panel, count, (right){rights, pairs}, b_width,
+                              (char *)out + column * b_width * (wide ? 4 : 2), wide ? WIDE : NARROW, EVERYWHERE);
+        }
     }
 }
 #else

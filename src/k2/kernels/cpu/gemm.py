@@ -40,15 +40,12 @@ def project(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def log_probabilities(x_NI: Tensor, weight_OI: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Each target's log-probability [N] float32 under softmax(x weight^T), and softmax minus its one-hot [N, O].
-
-    The weight is bfloat16.
-    """
+    """Each target's log-probability [N] float32 under softmax(x weight^T), and softmax minus its one-hot [N, O]."""
     x_NI, weight_OI, targets_N = x_NI.contiguous(), weight_OI.contiguous(), targets_N.contiguous()
     rows, (outputs, inputs) = len(x_NI), weight_OI.shape
     out_NO, log_probs_N = x_NI.new_empty(rows, outputs), torch.empty(rows, dtype=torch.float32)
     tensors = x_NI, weight_OI, targets_N, out_NO, log_probs_N, panels(inputs, outputs)
-    _run("log_probabilities", *tensors, rows, inputs, outputs)
+    _run("log_probabilities", *tensors, rows, inputs, outputs, _wide(weight_OI))
     return log_probs_N, out_NO
 
 
@@ -67,8 +64,9 @@ def outer(a_NA: Tensor, b_NB: Tensor, dtype: torch.dtype) -> Tensor:
     a_NA, b_NB = a_NA.contiguous(), b_NB.contiguous()
     rows, sizes = len(a_NA), (a_NA.shape[1], b_NB.shape[1])
     out_AB = spare.empty(sizes, dtype)
-    packed = [panels(rows, size) for size in sizes]
-    _run("outer", a_NA, b_NB, out_AB, *packed, rows, *sizes, _wide(out_AB))
+    threads = torch.get_num_threads()
+    packed = panels(rows, threads * PANEL), panels(rows, sizes[1])
+    _run("outer", a_NA, b_NB, out_AB, *packed, rows, *sizes, _wide(out_AB), threads)
     return out_AB
 
 
