@@ -75,7 +75,10 @@ class Workspace:
         """Run the iterations on what was written; the result is valid until the next `input`."""
         if kernels := kernels_for(self._x_NRC):
             return cast(Tensor, kernels.newton_schulz(self._x_NRC, scheme))
-        first, *others = scheme.runs_for(*sorted(self._x_NRC.shape[1:]))
+        runs = scheme.runs_for(*sorted(self._x_NRC.shape[1:]))
+        if runs_in_c(self._x_NRC) and cpu.serves_newton_schulz(self._x_NRC):
+            return cpu.newton_schulz(self._x_NRC, runs, tight=scheme.tight)
+        first, *others = runs
         self._normalize(self._gram(), scheme.tight)
         self._apply(*self._product(first, squared=scheme.tight))
         for run in others:
@@ -144,8 +147,6 @@ def _symmetric(
     b: float = 0.0,
 ) -> Tensor:
     """out = a left right + b added, for matrices that commute: the result is symmetric."""
-    if runs_in_c(out_NSS) and cpu.serves_symmetric(out_NSS, left_NSK.shape[2]):
-        return cpu.symmetric_products(left_NSK, right_NKS, out_NSS, added_NSS, alpha=a, beta=b)
     return torch.baddbmm(out_NSS if added_NSS is None else added_NSS, left_NSK, right_NKS, beta=b, alpha=a, out=out_NSS)
 
 

@@ -37,7 +37,7 @@ _SIGNATURES: Final = {
     "log_probabilities": "ppppppnnnn",
     "project_back": "ppppnnnn",
     "outer": "pppppnnnnn",
-    "symmetric_products": "p" * 7 + "n" * 6 + "xx",
+    "newton_schulz": "p" * 4 + "n" * 7,
     "causal_attention": "p" * 8 + "n" * 6 + "x",
     "causal_attention_backward": "p" * 10 + "n" * 6 + "x",
     "experts_forward": "p" * 9 + "n" * 6,

@@ -1,31 +1,40 @@
-"""Products of Newton-Schulz over batches of small bfloat16 matrices, of which one half is computed.
+"""Newton-Schulz of batches of small bfloat16 matrices, each whole in one thread.
 
-Letters in shapes: M matrices, S rows and columns of a result, K the summed axis.
+Letters in shapes: M matrices, R rows, C columns.
 """
+
+from functools import cache
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from k2.kernels.cpu import _run, serves
-from k2.kernels.cpu.gemm import has_gemm, padded
+from k2.kernels.cpu.build import library
+from k2.kernels.cpu.gemm import has_gemm
+
+Runs = tuple[tuple[tuple[float, float, float], ...], ...]
+"""Runs of one or two iterations, each the polynomial a, b, c of X <- aX + b(XX^T)X + c(XX^T)^2 X; the first has one."""
 
 
-def serves_symmetric(out_MSS: Tensor, inner: int) -> bool:
-    """Whether `symmetric_products` makes these; pairs of values are multiplied at once, so that sides are even."""
-    return out_MSS.shape[1] % 2 == inner % 2 == 0 and serves(out_MSS) and has_gemm()
+def serves_newton_schulz(x_MRC: Tensor) -> bool:
+    """Whether `newton_schulz` takes these; pairs of values are multiplied at once, so that sides are even."""
+    return x_MRC.shape[1] % 2 == x_MRC.shape[2] % 2 == 0 and serves(x_MRC) and has_gemm()
 
 
-def symmetric_products(
-    a_MSK: Tensor, b_MKS: Tensor, out_MSS: Tensor, added_MSS: Tensor | None, *, alpha: float, beta: float
-) -> Tensor:
-    """out = alpha a b + beta added, all symmetric, rounded once.
+def newton_schulz(x_MRC: Tensor, runs: Runs, *, tight: bool) -> Tensor:
+    """Orthogonalise in place, after a division by the Frobenius norm, or by the Schatten 8-norm if `tight`."""
+    matrices, rows, columns = x_MRC.shape
+    side, length, threads = min(rows, columns), max(rows, columns), torch.get_num_threads()
+    kernels = library()
+    assert kernels is not None  # for the type: `serves_newton_schulz` has said so
+    memory = torch.empty(threads, kernels.newton_schulz_scratch(side, length), dtype=torch.bfloat16)
+    sizes = matrices, side, length, rows > columns, len(runs), tight, threads
+    _run("newton_schulz", x_MRC, *_tables(runs), memory, *sizes)
+    return x_MRC
 
-    A factor may be a transposed view. `out` is contiguous and none of the others.
-    """
-    (matrices, side, _), inner, threads = out_MSS.shape, a_MSK.shape[2], torch.get_num_threads()
-    turned, own = (not factor.is_contiguous() for factor in (a_MSK, b_MKS))
-    lefts, rights = (torch.empty(threads, padded(side), inner, dtype=out_MSS.dtype) for _ in range(2))
-    sizes = matrices, side, inner, turned, own, threads
-    sums = torch.empty(threads, side, side)
-    _run("symmetric_products", a_MSK, b_MKS, added_MSS, out_MSS, lefts, rights, sums, *sizes, alpha, beta)
-    return out_MSS
+
+@cache
+def _tables(runs: Runs) -> tuple[Tensor, Tensor]:
+    """Coefficients of all iterations, and how many each run has."""
+    return torch.tensor(list(chain.from_iterable(runs))), torch.tensor([len(run) for run in runs])
