@@ -73,7 +73,7 @@ static long by_token(sizes s, block b, long row) {
 // Logits of a block before they are scaled, float32 [N, stop].
 static void logits_of(sizes s, block b, const bf16 *q, scratch mine) {
     product(rows_of(q + (b.matrix * s.length + b.start) * s.width, s.width), b.rows,
-            (right){mine.part[KEY_ROWS], s.width / 2}, b.stop, s.width / 2, mine.part[LOGITS_NL], WIDE, b.start);
+            (right){mine.part[KEY_ROWS], s.width / 2}, b.stop, s.width / 2, mine.part[LOGITS_NL], WIDE, b.start, NULL);
 }
 
 // `values` times `factor` as bfloat16 [N, room], zero beyond what a query sees.
@@ -109,7 +109,7 @@ void causal_attention(const bf16 *q, const bf16 *k, const bf16 *v, const float *
                     narrowed(each, 1.0f / total, seen, b.room, shares + row * b.room);
                 }
                 product(rows_of(shares, b.room), b.rows, (right){mine.part[VALUE_COLUMNS], (length + 1) / 2}, values,
-                        b.room / 2, mixed, NARROW, EVERYWHERE);
+                        b.room / 2, mixed, NARROW, EVERYWHERE, NULL);
                 for (long row = 0; row < b.rows; row++)
                     memcpy(out + by_token(s, b, row), mixed + row * values, values * sizeof *out);
             }
@@ -143,7 +143,7 @@ static void slopes_of(sizes s, block b, const float *log_sums, scratch mine) {
 static void add_transposed(block b, const bf16 *left, const bf16 *rows, long width, float *total, scratch mine) {
     panels_of_columns((matrix){left, b.room, 0, NULL}, b.rows, 0, b.room, mine.part[LEFT]);
     panels_of_columns((matrix){rows, width, 0, NULL}, b.rows, 0, width, mine.part[RIGHT]);
-    product_of_panels(mine.part[LEFT], b.stop, (right){mine.part[RIGHT], (b.rows + 1) / 2}, width, total, ADDED, EVERYWHERE);
+    product_of_panels(mine.part[LEFT], b.stop, (right){mine.part[RIGHT], (b.rows + 1) / 2}, width, total, ADDED, EVERYWHERE, NULL);
 }
 
 static void narrow_all(const float *from, long count, bf16 *to) {
@@ -176,10 +176,10 @@ void causal_attention_backward(const bf16 *grad, const bf16 *q, const bf16 *k, c
                     memcpy(grad_rows + row * values, grad + by_token(s, b, row), values * sizeof *grad);
                 logits_of(s, b, q, mine);
                 product(rows_of(grad_rows, values), b.rows, (right){mine.part[VALUE_ROWS], values / 2}, b.stop, values / 2,
-                        mine.part[GRAD_NL], WIDE, start);
+                        mine.part[GRAD_NL], WIDE, start, NULL);
                 slopes_of(s, b, log_sums, mine);
                 product(rows_of(mine.part[SLOPES_NL], b.room), b.rows, (right){mine.part[KEY_COLUMNS], key_pairs}, width,
-                        b.room / 2, grad_q + (m * length + start) * width, NARROW, EVERYWHERE);
+                        b.room / 2, grad_q + (m * length + start) * width, NARROW, EVERYWHERE, NULL);
                 add_transposed(b, mine.part[SLOPES_NL], queries + start * width, width, total_k, mine);
                 add_transposed(b, mine.part[SHARES_NL], grad_rows, values, total_v, mine);
             }

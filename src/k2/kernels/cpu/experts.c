@@ -48,44 +48,52 @@ static scratch own_scratch(bf16 *memory, long rows, long hidden, long inner) {
     return mine;
 }
 
+// A matrix of so many rows that lie one after the other.
+static next all_of(matrix m, long rows) { return (next){m.start, row_of(m, rows)}; }
+
 static void gather(matrix m, long rows, bf16 *to) {
     for (long row = 0; row < rows; row++) memcpy(to + row * m.width, row_of(m, row), m.width * sizeof *to);
 }
 
 // out [rows, O] = x [rows, I] times the transpose of weights [O, I].
-static void rows_times_transpose(const bf16 *x, long rows, matrix weights, long outputs, pair *panels, bf16 *out) {
-    panels_of_rows(weights, outputs, panels);
+static void rows_times_transpose(const bf16 *x, long rows, matrix weights, long outputs, scratch s, bf16 *out, next soon) {
     long pairs = weights.width / 2;
-    product(rows_of(x, weights.width), rows, (right){panels, pairs}, outputs, pairs, out, NARROW, EVERYWHERE);
+    panels_of_rows(weights, outputs, s.part[WEIGHTS]);
+    product(rows_of(x, weights.width), rows, (right){s.part[WEIGHTS], pairs}, outputs, pairs, out, NARROW, EVERYWHERE, &soon);
 }
 
 // out [rows, O] = x [rows, I] times weights [I, O].
-static void rows_times(const bf16 *x, long rows, matrix weights, long inputs, pair *panels, bf16 *out) {
-    panels_of_columns(weights, inputs, 0, weights.width, panels);
+static void rows_times(const bf16 *x, long rows, matrix weights, long inputs, scratch s, bf16 *out, next soon) {
     long pairs = inputs / 2;
-    product(rows_of(x, inputs), rows, (right){panels, pairs}, weights.width, pairs, out, NARROW, EVERYWHERE);
+    panels_of_columns(weights, inputs, 0, weights.width, s.part[WEIGHTS]);
+    product(rows_of(x, inputs), rows, (right){s.part[WEIGHTS], pairs}, weights.width, pairs, out, NARROW, EVERYWHERE, &soon);
 }
 
 // out [A, B] = a^T b for matrices of `rows` rows, A and B wide.
-static void columns_times(matrix a, matrix b, long rows, scratch s, void *out, int wide) {
-    pair *lefts = s.part[LEFT], *rights = s.part[RIGHT];
-    panels_of_columns(a, rows, 0, a.width, lefts);
-    panels_of_columns(b, rows, 0, b.width, rights);
-    product_of_panels(lefts, a.width, (right){rights, (rows + 1) / 2}, b.width, out, wide ? WIDE : NARROW, EVERYWHERE);
+static void columns_times(matrix a, matrix b, long rows, scratch s, matrix out, next soon) {
+    panels_of_columns(a, rows, 0, a.width, s.part[LEFT]);
+    panels_of_columns(b, rows, 0, b.width, s.part[RIGHT]);
+    product_of_panels(s.part[LEFT], a.width, (right){s.part[RIGHT], (rows + 1) / 2}, b.width, (void *)out.start,
+                      out.wide ? WIDE : NARROW, EVERYWHERE, &soon);
 }
 
-// One expert: its rows, the first of all, and its weights.
+// Weights of all experts, or their gradients: gate and up [E, G, D], down [E, D, F].
 typedef struct {
-    long first, rows;
-    matrix up, down;
-} expert;
+    const char *up, *down;
+    long experts, hidden, inner, wide;
+} tables;
 
-static expert expert_of(long number, const int64_t *offsets, const char *gate_up, const char *down, long hidden,
-                        long inner, long wide) {
-    long bytes = (wide ? 4 : 2) * hidden * inner, first = offsets[number];
-    return (expert){first, offsets[number + 1] - first, {gate_up + 2 * number * bytes, hidden, wide, NULL},
-                    {down + number * bytes, inner, wide, NULL}};
+static matrix up_of(tables t, long expert) {
+    return below((matrix){t.up, t.hidden, t.wide, NULL}, lesser(expert, t.experts - 1) * 2 * t.inner);
 }
+
+static matrix down_of(tables t, long expert) {
+    return below((matrix){t.down, t.inner, t.wide, NULL}, lesser(expert, t.experts - 1) * t.hidden);
+}
+
+static next up_soon(tables t, long expert) { return all_of(up_of(t, expert), 2 * t.inner); }
+
+static next down_soon(tables t, long expert) { return all_of(down_of(t, expert), t.hidden); }
 
 // `memory` is enough for so many threads, whatever OpenMP would start.
 //
@@ -93,18 +101,19 @@ static expert expert_of(long number, const int64_t *offsets, const char *gate_up
 void experts_forward(const bf16 *x, const int64_t *tokens, const float *scale, const int64_t *offsets,
                      const char *gate_up_weight, const char *down_weight, bf16 *gate_up, bf16 *out, bf16 *memory,
                      long experts, long most_rows, long hidden, long inner, long wide, long threads) {
+    tables weights = {gate_up_weight, down_weight, experts, hidden, inner, wide};
 #pragma omp parallel num_threads(threads)
     {
         scratch s = own_scratch(memory, most_rows, hidden, inner);
 #pragma omp for schedule(dynamic)
         for (long e = 0; e < experts; e++) {
-            expert mine = expert_of(e, offsets, gate_up_weight, down_weight, hidden, inner, wide);
-            long first = mine.first, rows = mine.rows;
+            long first = offsets[e], rows = offsets[e + 1] - first;
             gather((matrix){x, hidden, 0, tokens + first}, rows, s.part[ROWS_ND]);
             bf16 *middle = gate_up + first * 2 * inner;
-            rows_times_transpose(s.part[ROWS_ND], rows, mine.up, 2 * inner, s.part[WEIGHTS], middle);
+            rows_times_transpose(s.part[ROWS_ND], rows, up_of(weights, e), 2 * inner, s, middle, down_soon(weights, e));
             gated(middle, scale + first, s.part[INNER_NF], rows, inner);
-            rows_times_transpose(s.part[INNER_NF], rows, mine.down, hidden, s.part[WEIGHTS], out + first * hidden);
+            rows_times_transpose(s.part[INNER_NF], rows, down_of(weights, e), hidden, s, out + first * hidden,
+                                 up_soon(weights, e + threads));
         }
     }
 }
@@ -114,29 +123,31 @@ void experts_backward(const bf16 *grad, const bf16 *x, const int64_t *tokens, co
                       const int64_t *offsets, const char *gate_up_weight, const char *down_weight, const bf16 *gate_up,
                       bf16 *grad_rows, float *grad_scale, char *grad_gate_up_weight, char *grad_down_weight,
                       bf16 *memory, long experts, long most_rows, long hidden, long inner, long wide, long threads) {
-    long bytes = (wide ? 4 : 2) * hidden * inner;
+    tables weights = {gate_up_weight, down_weight, experts, hidden, inner, wide};
+    tables grads = {grad_gate_up_weight, grad_down_weight, experts, hidden, inner, wide};
 #pragma omp parallel num_threads(threads)
     {
         scratch s = own_scratch(memory, most_rows, hidden, inner);
 #pragma omp for schedule(dynamic)
         for (long e = 0; e < experts; e++) {
-            expert mine = expert_of(e, offsets, gate_up_weight, down_weight, hidden, inner, wide);
-            long first = mine.first, rows = mine.rows;
+            long first = offsets[e], rows = offsets[e + 1] - first;
             matrix x_rows = {x, hidden, 0, tokens + first}, grad_out = {grad, hidden, 0, tokens + first};
             matrix inner_rows = {s.part[INNER_NF], inner, 0, NULL};
             matrix grad_middle = {s.part[GRAD_GATE_UP_NG], 2 * inner, 0, NULL};
             const bf16 *middle = gate_up ? gate_up + first * 2 * inner : s.part[GATE_UP_NG];
             if (!gate_up) {
                 gather(x_rows, rows, s.part[ROWS_ND]);
-                rows_times_transpose(s.part[ROWS_ND], rows, mine.up, 2 * inner, s.part[WEIGHTS], s.part[GATE_UP_NG]);
+                rows_times_transpose(s.part[ROWS_ND], rows, up_of(weights, e), 2 * inner, s, s.part[GATE_UP_NG],
+                                     down_soon(weights, e));
             }
             gather(grad_out, rows, s.part[ROWS_ND]);
-            rows_times(s.part[ROWS_ND], rows, mine.down, hidden, s.part[WEIGHTS], s.part[GRAD_INNER_NF]);
+            rows_times(s.part[ROWS_ND], rows, down_of(weights, e), hidden, s, s.part[GRAD_INNER_NF], down_soon(grads, e));
             gated_backward(s.part[GRAD_INNER_NF], middle, scale + first, s.part[INNER_NF], s.part[GRAD_GATE_UP_NG],
                            grad_scale + first, rows, inner);
-            columns_times(grad_out, inner_rows, rows, s, grad_down_weight + e * bytes, wide);
-            columns_times(grad_middle, x_rows, rows, s, grad_gate_up_weight + 2 * e * bytes, wide);
-            rows_times(s.part[GRAD_GATE_UP_NG], rows, mine.up, 2 * inner, s.part[WEIGHTS], grad_rows + first * hidden);
+            columns_times(grad_out, inner_rows, rows, s, down_of(grads, e), up_soon(grads, e));
+            columns_times(grad_middle, x_rows, rows, s, up_of(grads, e), up_soon(weights, e));
+            rows_times(s.part[GRAD_GATE_UP_NG], rows, up_of(weights, e), 2 * inner, s, grad_rows + first * hidden,
+                       down_soon(weights, e + threads));
         }
     }
 }

@@ -31,7 +31,7 @@ static void multiply(const bf16 *x, long rows, const pair *panels, long outputs,
 #pragma omp for schedule(static)
     for (long row = 0; row < rows; row += BLOCK)
         product(rows_of(x + row * 2 * pairs, 2 * pairs), lesser(BLOCK, rows - row), (right){panels, pairs}, outputs, pairs,
-                out + row * outputs, NARROW, EVERYWHERE);
+                out + row * outputs, NARROW, EVERYWHERE, NULL);
 }
 
 // out [N, O] = x [N, I] times the transpose of weights [O, I].
@@ -59,7 +59,7 @@ void log_probabilities(const bf16 *x, const void *weight, const int64_t *targets
             long count = lesser(block, rows - row);
             bf16 *logits = out + row * outputs;
             product(rows_of(x + row * inputs, inputs), count, (right){panels, pairs}, outputs, pairs, logits, NARROW,
-                    EVERYWHERE);
+                    EVERYWHERE, NULL);
             surplus(logits, targets + row, log_probs + row, count, outputs);
         }
     }
@@ -90,7 +90,7 @@ void outer(const bf16 *a, const bf16 *b, void *out, pair *lefts, pair *rights, l
             long count = lesser(PANEL, a_width - column);
             panels_of_columns(columns, rows, column, count, panel);
             product_of_panels(panel, count, (right){rights, pairs}, b_width,
-                              (char *)out + column * b_width * (wide ? 4 : 2), wide ? WIDE : NARROW, EVERYWHERE);
+                              (char *)out + column * b_width * (wide ? 4 : 2), wide ? WIDE : NARROW, EVERYWHERE, NULL);
         }
     }
 }

@@ -12,6 +12,7 @@
 #define TILE 6  // rows of a tile: with VECTORS columns of lanes the sums fill 24 of 32 registers
 #define VECTORS 4
 #define PANEL (VECTORS * LANES)
+#define LINE 64  // bytes that caches read at once
 #define EVERYWHERE (1L << 40)
 
 typedef uint32_t pair;
@@ -37,6 +38,11 @@ typedef struct {
     const pair *panels;
     long pairs;
 } right;
+
+// Memory that is used after a product, which meanwhile brings it into the caches, a line with each pair of a tile.
+typedef struct {
+    const char *line, *end;
+} next;
 
 // What a product becomes: bfloat16, float32, or float32 that is added to what is there.
 enum { NARROW, WIDE, ADDED };
@@ -121,8 +127,8 @@ static void panels_of_columns(matrix m, long rows, long first, long columns, pai
 }
 
 // `rows` x `vectors` LANES sums over `pairs` into `out`, whose row has `columns` left and `width` in all.
-INLINE void tile(left a, const pair *b, long pairs, void *out, int form, long width, long columns, const int rows,
-                 const int vectors) {
+INLINE void tile(left a, const pair *b, long pairs, void *out, int form, long width, long columns, const char *line,
+                 long step, const int rows, const int vectors) {
     __m512 sums[TILE][VECTORS];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
@@ -132,6 +138,7 @@ INLINE void tile(left a, const pair *b, long pairs, void *out, int form, long wi
                                                                (float *)out + r * width + v * LANES)
                                        : _mm512_setzero_ps();
     for (long k = 0; k < pairs; k++) {
+        _mm_prefetch(line + k * step, _MM_HINT_T1);
         __m512i lanes[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) lanes[v] = _mm512_loadu_si512(b + k * PANEL + v * LANES);
@@ -156,36 +163,43 @@ INLINE void tile(left a, const pair *b, long pairs, void *out, int form, long wi
 
 #define TILE_OF(rows)                                                                                      \
     case rows:                                                                                             \
-        if (vectors == VECTORS) tile(a, b, pairs, out, form, width, columns, rows, VECTORS);               \
+        if (vectors == VECTORS) tile(a, b, pairs, out, form, width, columns, line, step, rows, VECTORS);   \
         else                                                                                               \
             for (long v = 0; v < vectors; v++)                                                             \
                 tile(a, b + v * LANES, pairs, (char *)out + v * LANES * (form == NARROW ? 2 : 4), form,    \
-                     width, columns - v * LANES, rows, 1);                                                 \
+                     width, columns - v * LANES, line, step, rows, 1);                                     \
         break;
 
 // As `tile`, for any number of rows up to TILE and of vectors up to VECTORS.
-INLINE void any_tile(left a, const pair *b, long pairs, void *out, int form, long width, long columns, long rows) {
+INLINE void any_tile(left a, const pair *b, long pairs, void *out, int form, long width, long columns, const char *line,
+                     long step, long rows) {
     long vectors = lesser(VECTORS, (columns + LANES - 1) / LANES);
     switch (rows) { TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6) }
 }
 
 // out [rows, columns] in some form from left [rows, pairs] times a packed factor, of which the first `pairs` count. If
 // the rows are those from `diagonal` on of a square and not EVERYWHERE is wanted, what lies right of its diagonal is left
-// out, up to LANES - 1.
-static void product(left a, long rows, right b, long columns, long pairs, void *out, int form, long diagonal) {
+// out, up to LANES - 1. `soon` may be NULL.
+static void product(left a, long rows, right b, long columns, long pairs, void *out, int form, long diagonal,
+                    next *soon) {
     long size = form == NARROW ? 2 : 4;
     for (long column = 0; column < columns; column += PANEL)
         for (long row = column > diagonal ? (column - diagonal) / TILE * TILE : 0; row < rows; row += TILE) {
             left from = {a.start + row * a.row, a.row, a.pair};
             void *to = (char *)out + (row * columns + column) * size;
             long end = lesser(columns, padded(diagonal + row + TILE, LANES));
-            any_tile(from, b.panels + column * b.pairs, pairs, to, form, columns, end - column, lesser(TILE, rows - row));
+            long step = soon && soon->line < soon->end ? LINE : 0;
+            const char *line = step ? soon->line : (const char *)from.start;
+            any_tile(from, b.panels + column * b.pairs, pairs, to, form, columns, end - column, line, step,
+                     lesser(TILE, rows - row));
+            if (step) soon->line += pairs * LINE;
         }
 }
 
 // As `product`, of a left factor that lies in panels of columns too, all of whose pairs count.
-static void product_of_panels(const pair *lefts, long rows, right b, long columns, void *out, int form, long diagonal) {
+static void product_of_panels(const pair *lefts, long rows, right b, long columns, void *out, int form, long diagonal,
+                              next *soon) {
     for (long row = 0; row < rows; row += PANEL)
         product((left){lefts + row * b.pairs, 1, PANEL}, lesser(PANEL, rows - row), b, columns, b.pairs,
-                (char *)out + row * columns * (form == NARROW ? 2 : 4), form, diagonal + row);
+                (char *)out + row * columns * (form == NARROW ? 2 : 4), form, diagonal + row, soon);
 }

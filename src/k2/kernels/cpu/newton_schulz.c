@@ -64,16 +64,16 @@ static void gram_sums(work w) {
     right packed = {w.packed, w.length / 2};
     if (w.tall) {
         panels_of_columns(x, w.length, 0, w.side, w.packed);
-        return product_of_panels(w.packed, w.side, packed, w.side, w.sums, WIDE, 0);
+        return product_of_panels(w.packed, w.side, packed, w.side, w.sums, WIDE, 0, NULL);
     }
     panels_of_rows(x, w.side, w.packed);
-    product(rows_of(w.x, w.length), w.side, packed, w.side, w.length / 2, w.sums, WIDE, 0);
+    product(rows_of(w.x, w.length), w.side, packed, w.side, w.length / 2, w.sums, WIDE, 0, NULL);
 }
 
 // sums = a b up to the diagonal, for polynomials of one Gram matrix.
 static void square_sums(work w, const bf16 *a, const bf16 *b) {
     panels_of_columns((matrix){b, w.side, 0, NULL}, w.side, 0, w.side, w.packed);
-    product(rows_of(a, w.side), w.side, (right){w.packed, w.side / 2}, w.side, w.side / 2, w.sums, WIDE, 0);
+    product(rows_of(a, w.side), w.side, (right){w.packed, w.side / 2}, w.side, w.side / 2, w.sums, WIDE, 0, NULL);
 }
 
 // to = alpha a b + beta added.
@@ -90,7 +90,7 @@ static void apply(work w, const bf16 *square, float scale, float factor) {
     panels_of_columns((matrix){from, width, 0, NULL}, w.side, 0, width, w.packed);
     EACH(count, store_wide(w.sums + i, load(w.x + i, n) * scale, n);)
     product(rows_of(w.tall ? w.x : square, w.side), w.tall ? w.length : w.side, (right){w.packed, w.side / 2}, width,
-            w.side / 2, w.sums, ADDED, EVERYWHERE);
+            w.side / 2, w.sums, ADDED, EVERYWHERE, NULL);
     EACH(count, store(w.x + i, load_wide(w.sums + i, n) * factor, n);)
 }
 
