@@ -13,14 +13,14 @@ void gated_backward(const bf16 *grad, const bf16 *gate_up, const float *scale, b
                     float *grad_scale, long rows, long inner);
 
 // What one thread works with, for an expert of so many rows.
-enum { ROWS_ND, INNER_NF, GRAD_INNER_NF, GATE_UP_NG, GRAD_GATE_UP_NG, LEFT, RIGHT, WEIGHTS, PARTS };
+enum { INNER_NF, GRAD_INNER_NF, GATE_UP_NG, GRAD_GATE_UP_NG, LEFT, RIGHT, WEIGHTS, PARTS };
 
 // Where each part starts in a thread's memory, in values of two bytes, and where the last one ends.
 static long starts(long rows, long hidden, long inner, long *start) {
     long wide = padded(hidden, PANEL), middle = padded(2 * inner, PANEL), narrow = padded(inner, PANEL);
     long even = padded(rows, 2);
     long size[PARTS] = {
-        rows * hidden, rows * inner, rows * inner, rows * 2 * inner, rows * 2 * inner,
+        rows * inner, rows * inner, rows * 2 * inner, rows * 2 * inner,
         even * (wide > middle ? wide : middle), even * (wide > narrow ? wide : narrow), wide * middle,
     };
     long end = 0;
@@ -51,22 +51,18 @@ static scratch own_scratch(bf16 *memory, long rows, long hidden, long inner) {
 // A matrix of so many rows that lie one after the other.
 static next all_of(matrix m, long rows) { return (next){m.start, row_of(m, rows)}; }
 
-static void gather(matrix m, long rows, bf16 *to) {
-    for (long row = 0; row < rows; row++) memcpy(to + row * m.width, row_of(m, row), m.width * sizeof *to);
-}
-
 // out [rows, O] = x [rows, I] times the transpose of weights [O, I].
-static void rows_times_transpose(const bf16 *x, long rows, matrix weights, long outputs, scratch s, bf16 *out, next soon) {
+static void rows_times_transpose(matrix x, long rows, matrix weights, long outputs, scratch s, bf16 *out, next soon) {
     long pairs = weights.width / 2;
     panels_of_rows(weights, outputs, s.part[WEIGHTS]);
-    product(rows_of(x, weights.width), rows, (right){s.part[WEIGHTS], pairs}, outputs, pairs, out, NARROW, EVERYWHERE, &soon);
+    product(factor(x), rows, (right){s.part[WEIGHTS], pairs}, outputs, pairs, out, NARROW, EVERYWHERE, &soon);
 }
 
 // out [rows, O] = x [rows, I] times weights [I, O].
-static void rows_times(const bf16 *x, long rows, matrix weights, long inputs, scratch s, bf16 *out, next soon) {
-    long pairs = inputs / 2;
-    panels_of_columns(weights, inputs, 0, weights.width, s.part[WEIGHTS]);
-    product(rows_of(x, inputs), rows, (right){s.part[WEIGHTS], pairs}, weights.width, pairs, out, NARROW, EVERYWHERE, &soon);
+static void rows_times(matrix x, long rows, matrix weights, scratch s, bf16 *out, next soon) {
+    long pairs = x.width / 2;
+    panels_of_columns(weights, x.width, 0, weights.width, s.part[WEIGHTS]);
+    product(factor(x), rows, (right){s.part[WEIGHTS], pairs}, weights.width, pairs, out, NARROW, EVERYWHERE, &soon);
 }
 
 // out [A, B] = a^T b for matrices of `rows` rows, A and B wide.
@@ -108,11 +104,11 @@ void experts_forward(const bf16 *x, const int64_t *tokens, const float *scale, c
 #pragma omp for schedule(dynamic)
         for (long e = 0; e < experts; e++) {
             long first = offsets[e], rows = offsets[e + 1] - first;
-            gather((matrix){x, hidden, 0, tokens + first}, rows, s.part[ROWS_ND]);
+            matrix x_rows = {x, hidden, 0, tokens + first}, inner_rows = {s.part[INNER_NF], inner, 0, NULL};
             bf16 *middle = gate_up + first * 2 * inner;
-            rows_times_transpose(s.part[ROWS_ND], rows, up_of(weights, e), 2 * inner, s, middle, down_soon(weights, e));
+            rows_times_transpose(x_rows, rows, up_of(weights, e), 2 * inner, s, middle, down_soon(weights, e));
             gated(middle, scale + first, s.part[INNER_NF], rows, inner);
-            rows_times_transpose(s.part[INNER_NF], rows, down_of(weights, e), hidden, s, out + first * hidden,
+            rows_times_transpose(inner_rows, rows, down_of(weights, e), hidden, s, out + first * hidden,
                                  up_soon(weights, e + threads));
         }
     }
@@ -135,18 +131,15 @@ void experts_backward(const bf16 *grad, const bf16 *x, const int64_t *tokens, co
             matrix inner_rows = {s.part[INNER_NF], inner, 0, NULL};
             matrix grad_middle = {s.part[GRAD_GATE_UP_NG], 2 * inner, 0, NULL};
             const bf16 *middle = gate_up ? gate_up + first * 2 * inner : s.part[GATE_UP_NG];
-            if (!gate_up) {
-                gather(x_rows, rows, s.part[ROWS_ND]);
-                rows_times_transpose(s.part[ROWS_ND], rows, up_of(weights, e), 2 * inner, s, s.part[GATE_UP_NG],
+            if (!gate_up)
+                rows_times_transpose(x_rows, rows, up_of(weights, e), 2 * inner, s, s.part[GATE_UP_NG],
                                      down_soon(weights, e));
-            }
-            gather(grad_out, rows, s.part[ROWS_ND]);
-            rows_times(s.part[ROWS_ND], rows, down_of(weights, e), hidden, s, s.part[GRAD_INNER_NF], down_soon(grads, e));
+            rows_times(grad_out, rows, down_of(weights, e), s, s.part[GRAD_INNER_NF], down_soon(grads, e));
             gated_backward(s.part[GRAD_INNER_NF], middle, scale + first, s.part[INNER_NF], s.part[GRAD_GATE_UP_NG],
                            grad_scale + first, rows, inner);
             columns_times(grad_out, inner_rows, rows, s, down_of(grads, e), up_soon(grads, e));
             columns_times(grad_middle, x_rows, rows, s, up_of(grads, e), up_soon(weights, e));
-            rows_times(s.part[GRAD_GATE_UP_NG], rows, up_of(weights, e), 2 * inner, s, grad_rows + first * hidden,
+            rows_times(grad_middle, rows, up_of(weights, e), s, grad_rows + first * hidden,
                        down_soon(weights, e + threads));
         }
     }

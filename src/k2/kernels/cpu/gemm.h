@@ -25,13 +25,17 @@ typedef struct {
     const int64_t *index;
 } matrix;
 
-// Pairs of one matrix as a left factor: how far the next row and the next pair are.
+// Pairs of one matrix as a left factor: how far the next row and the next pair are. Rows may be those at `index`.
 typedef struct {
     const pair *start;
     long row, pair;
+    const int64_t *index;
 } left;
 
-static inline left rows_of(const bf16 *start, long width) { return (left){(const pair *)start, width / 2, 1}; }
+static inline left rows_of(const bf16 *start, long width) { return (left){(const pair *)start, width / 2, 1, NULL}; }
+
+// A bfloat16 matrix whose width is even.
+static inline left factor(matrix m) { return (left){m.start, m.width / 2, 1, m.index}; }
 
 // A packed right factor: how many pairs a panel has in memory.
 typedef struct {
@@ -126,8 +130,8 @@ static void panels_of_columns(matrix m, long rows, long first, long columns, pai
         }
 }
 
-// `rows` x `vectors` LANES sums over `pairs` into `out`, whose row has `columns` left and `width` in all.
-INLINE void tile(left a, const pair *b, long pairs, void *out, int form, long width, long columns, const char *line,
+// `rows` x `vectors` LANES sums over `pairs`, `stride` apart in each row of the left factor, into `out`, whose row has `columns` left and `width` in all.
+INLINE void tile(const pair *const *a, long stride, const pair *b, long pairs, void *out, int form, long width, long columns, const char *line,
                  long step, const int rows, const int vectors) {
     __m512 sums[TILE][VECTORS];
 #pragma GCC unroll 6
@@ -144,7 +148,7 @@ INLINE void tile(left a, const pair *b, long pairs, void *out, int form, long wi
         for (int v = 0; v < vectors; v++) lanes[v] = _mm512_loadu_si512(b + k * PANEL + v * LANES);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
-            __m512i each = _mm512_set1_epi32(a.start[r * a.row + k * a.pair]);
+            __m512i each = _mm512_set1_epi32(a[r][k * stride]);
 #pragma GCC unroll 4
             for (int v = 0; v < vectors; v++)
                 sums[r][v] = _mm512_dpbf16_ps(sums[r][v], (__m512bh)each, (__m512bh)lanes[v]);
@@ -163,19 +167,21 @@ INLINE void tile(left a, const pair *b, long pairs, void *out, int form, long wi
 
 #define TILE_OF(rows)                                                                                      \
     case rows:                                                                                             \
-        if (vectors == VECTORS) tile(a, b, pairs, out, form, width, columns, line, step, rows, VECTORS);   \
+        if (vectors == VECTORS) tile(a, stride, b, pairs, out, form, width, columns, line, step, rows, VECTORS); \
         else                                                                                               \
             for (long v = 0; v < vectors; v++)                                                             \
-                tile(a, b + v * LANES, pairs, (char *)out + v * LANES * (form == NARROW ? 2 : 4), form,    \
+                tile(a, stride, b + v * LANES, pairs, (char *)out + v * LANES * (form == NARROW ? 2 : 4), form,    \
                      width, columns - v * LANES, line, step, rows, 1);                                     \
         break;
 
 // As `tile`, for any number of rows up to TILE and of vectors up to VECTORS.
-INLINE void any_tile(left a, const pair *b, long pairs, void *out, int form, long width, long columns, const char *line,
+INLINE void any_tile(const pair *const *a, long stride, const pair *b, long pairs, void *out, int form, long width, long columns, const char *line,
                      long step, long rows) {
     long vectors = lesser(VECTORS, (columns + LANES - 1) / LANES);
     switch (rows) { TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6) }
 }
+
+static inline const pair *left_row(left a, long row) { return a.start + (a.index ? a.index[row] : row) * a.row; }
 
 // out [rows, columns] in some form from left [rows, pairs] times a packed factor, of which the first `pairs` count. If
 // the rows are those from `diagonal` on of a square and not EVERYWHERE is wanted, what lies right of its diagonal is left
@@ -185,12 +191,13 @@ static void product(left a, long rows, right b, long columns, long pairs, void *
     long size = form == NARROW ? 2 : 4;
     for (long column = 0; column < columns; column += PANEL)
         for (long row = column > diagonal ? (column - diagonal) / TILE * TILE : 0; row < rows; row += TILE) {
-            left from = {a.start + row * a.row, a.row, a.pair};
+            const pair *from[TILE];
+            for (long r = 0; r < TILE; r++) from[r] = left_row(a, lesser(row + r, rows - 1));
             void *to = (char *)out + (row * columns + column) * size;
             long end = lesser(columns, padded(diagonal + row + TILE, LANES));
             long step = soon && soon->line < soon->end ? LINE : 0;
-            const char *line = step ? soon->line : (const char *)from.start;
-            any_tile(from, b.panels + column * b.pairs, pairs, to, form, columns, end - column, line, step,
+            const char *line = step ? soon->line : (const char *)from[0];
+            any_tile(from, a.pair, b.panels + column * b.pairs, pairs, to, form, columns, end - column, line, step,
                      lesser(TILE, rows - row));
             if (step) soon->line += pairs * LINE;
         }
@@ -200,6 +207,6 @@ static void product(left a, long rows, right b, long columns, long pairs, void *
 static void product_of_panels(const pair *lefts, long rows, right b, long columns, void *out, int form, long diagonal,
                               next *soon) {
     for (long row = 0; row < rows; row += PANEL)
-        product((left){lefts + row * b.pairs, 1, PANEL}, lesser(PANEL, rows - row), b, columns, b.pairs,
+        product((left){lefts + row * b.pairs, 1, PANEL, NULL}, lesser(PANEL, rows - row), b, columns, b.pairs,
                 (char *)out + row * columns * (form == NARROW ? 2 : 4), form, diagonal + row, soon);
 }
