@@ -50,9 +50,14 @@ def runs_in_c(x: Tensor) -> bool:
     return _choice == "auto" and cpu.serves(x)
 
 
-def draws_in_c(logits: Tensor) -> bool:
-    """Whether `k2.kernels.cpu.decode.draw` is to choose tokens by these logits."""
-    return _choice == "auto" and logits.dtype == torch.float32 and logits.is_cpu and library() is not None
+def chooses_in_c(scores: Tensor) -> bool:
+    """Whether C is to choose by these scores: tokens by logits, or experts."""
+    return _choice == "auto" and scores.dtype == torch.float32 and cpu.is_real(scores) and library() is not None
+
+
+def orders_in_c(chosen: Tensor) -> bool:
+    """Whether C is to order rows by these experts."""
+    return _choice == "auto" and cpu.is_real(chosen) and library() is not None
 
 
 def _interprets() -> bool:

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from k2.kernels.cpu.experts import ExpertRows, experts_backward, experts_forward
 from k2.kernels.cpu.gemm import serves_gemm
+from k2.kernels.cpu.routing import order_by_expert
 from k2.model.activations import Keep
-from k2.model.backend import runs_in_c
+from k2.model.backend import orders_in_c, runs_in_c
 from k2.model.layers import gated, gated_backward
 
 GROUP_ROWS = 256  # experts pass through the layer together until they have so many rows
@@ -37,6 +38,9 @@ class Blocks:
 
 def arrange(experts_TS: Tensor, count: int) -> Blocks:
     """Order (token, choice) pairs by expert, pairs of one expert in token order."""
+    if orders_in_c(experts_TS):
+        slots_TS, pairs_N, tokens_N, offsets = order_by_expert(experts_TS, count)
+        return Blocks(slots_TS, pairs_N, tokens_N, offsets.diff().tolist())
     chosen = experts_TS.flatten()
     order = chosen.argsort(stable=True)
     slots = torch.empty_like(order)

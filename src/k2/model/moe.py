@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from k2.config.model import ModelConfig
+from k2.kernels.cpu.routing import choose_experts
 from k2.model.activations import Keep, keep_it
-from k2.model.backend import kernels_for
+from k2.model.backend import chooses_in_c, kernels_for
 from k2.model.experts import arrange, routed_experts
 from k2.model.layers import GatedMLP, upcast
 from k2.model.layout import routed_scaling
@@ -71,13 +72,16 @@ class Router(nn.Module):
         if self.kernel_fits and (kernels := kernels_for(x_TD)):
             return Routing(*kernels.routed(logits_TE, self.e_score_correction_bias, self.choices, self.scaling))
         scores_TE = logits_TE.sigmoid()
-        experts_TS = self._choose(scores_TE.detach() + self.e_score_correction_bias)
+        experts_TS = self._choose(scores_TE.detach())
         weights_TS = scores_TE.gather(1, experts_TS)
         if self.config.norm_topk_prob:
             weights_TS = weights_TS / (weights_TS.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts_TS, weights_TS * self.scaling, scores_TE)
 
     def _choose(self, scores_TE: Tensor) -> Tensor:
+        if self.config.n_group == 1 and chooses_in_c(scores_TE):
+            return choose_experts(scores_TE, self.e_score_correction_bias, self.choices)
+        scores_TE = scores_TE + self.e_score_correction_bias
         if self.config.n_group > 1:
             grouped = scores_TE.view(scores_TE.shape[0], self.config.n_group, -1)
             best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.config.topk_group, dim=-1).indices

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from k2.errors import UserError
 from k2.kernels.cpu.decode import draw
-from k2.model.backend import draws_in_c
+from k2.model.backend import chooses_in_c
 
 BLOCK = 64  # tokens whose probabilities are added before the draw
 BLOCKWISE = 2**16  # from so many probabilities on, the draw of a block first is faster
@@ -108,7 +108,7 @@ def choose(logits_BV: Tensor, rows: RowSampling, uniform_B: Tensor) -> tuple[Ten
 
     A greedy row's choice is certain, so its first log-probability is 0. `logits_BV` is at least float32.
     """
-    if draws_in_c(logits_BV) and not rows.restricted:
+    if chooses_in_c(logits_BV) and not rows.restricted:
         return draw(logits_BV, rows.temperature, rows.greedy, uniform_B.clamp(max=BELOW_ONE))
     if rows.all_greedy:
         best_B1 = logits_BV.argmax(-1, keepdim=True)

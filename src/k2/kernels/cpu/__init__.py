@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from k2.kernels.cpu.build import library
 
 PARTIAL_ROWS: Final = 64  # rows of a partial sum in kernels.c
-_REAL: Final = (Tensor, nn.Parameter)  # not fake ones, which have no memory
+_REAL: Final = (Tensor, nn.Parameter)
 _TYPES: Final = {"p": ctypes.c_void_p, "n": ctypes.c_long, "x": ctypes.c_float}
 _SIGNATURES: Final = {
     "rms_norm": "ppppnnx",
@@ -40,6 +40,8 @@ _SIGNATURES: Final = {
     "newton_schulz": "p" * 4 + "n" * 7,
     "causal_attention": "p" * 8 + "n" * 6 + "x",
     "causal_attention_backward": "p" * 10 + "n" * 6 + "x",
+    "choose_experts": "pppnnn",
+    "order_by_expert": "pppppnnn",
     "experts_forward": "p" * 9 + "n" * 6,
     "experts_backward": "p" * 13 + "n" * 6,
 }
@@ -47,7 +49,12 @@ _SIGNATURES: Final = {
 
 def serves(*tensors: Tensor) -> bool:
     """Whether the kernels take these: real bfloat16 tensors in this machine's memory."""
-    return all(x.dtype == torch.bfloat16 and x.is_cpu and type(x) in _REAL for x in tensors) and bool(_kernels())
+    return all(x.dtype == torch.bfloat16 and is_real(x) for x in tensors) and bool(_kernels())
+
+
+def is_real(x: Tensor) -> bool:
+    """Whether a tensor is in this machine's memory, and not a fake one that has none."""
+    return x.is_cpu and type(x) in _REAL
 
 
 @cache

@@ -127,13 +127,6 @@ static void attend(const Model *m, const Layer *layer, Memory *w, Batch b, const
             (Sink){ADDED, .rows = w->x, .stride = m->hidden});
 }
 
-static long best_of(const float *scores, long count) {
-    long best = 0;
-    for (long i = 1; i < count; i++)
-        if (scores[i] > scores[best]) best = i;
-    return best;
-}
-
 // Leaves scores of the groups only whose two best ones have the largest sums; the others become -inf.
 static void close_groups(float *scores, long groups, long open, long size) {
     float sums[groups];

@@ -2,6 +2,7 @@
 //
 // Vectors are as wide as the processor's registers: wider ones are pieced together badly by compilers.
 #pragma once
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #ifdef __AVX512F__
@@ -133,6 +134,24 @@ static inline float sum(floats x) { FOLD(x, ADD) }
 
 static inline float largest(floats x) { FOLD(x, LARGER) }
 #endif
+
+// The first of the largest numbers.
+static inline long best_of(const float *numbers, long count) {
+    floats most = all(-INFINITY);
+    ints at = {0};
+    EACH(count,
+        floats x = load_wide(numbers + i, n);
+        ints more = x > most;
+        if (n < LANES) more &= NUMBERS < (int32_t)n;
+        most = either(more, x, most);
+        at = (more & (NUMBERS + (int32_t)i)) | (~more & at);)
+    ints top = most == all(largest(most));
+    at = (top & at) | (~top & INT32_MAX);
+    int32_t lanes[LANES], best = INT32_MAX;
+    memcpy(lanes, &at, sizeof lanes);
+    for (int lane = 0; lane < LANES; lane++) best = lanes[lane] < best ? lanes[lane] : best;
+    return best < count ? best : 0;  // none is largest if all are NaN
+}
 
 // e^x to 2 units in the last place; 0 or a denormal below -87.3, where float32 ends, and no less than e^88 above 88.
 static inline floats exponential(floats x) {
