@@ -1,4 +1,4 @@
-"""Products, routed experts and Newton-Schulz in C: against float64, whatever the shapes, threads and weights."""
+"""Products and routed experts in C: against float64, whatever the shapes, threads and weights."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from k2.kernels.cpu.experts import ExpertRows, experts_backward, experts_forward
 from k2.kernels.cpu.gemm import has_gemm, log_probabilities, outer, project, project_back, serves_gemm
-from k2.kernels.cpu.newton_schulz import serves_symmetric, symmetric_products
+from k2.kernels.cpu.newton_schulz import newton_schulz
+from k2.optim.schemes import SCHEMES
 
 pytestmark = pytest.mark.skipif(not has_gemm(), reason="needs a C compiler and a processor with avx512_bf16")
 
@@ -58,35 +59,11 @@ def test_log_probabilities(rows: int, inputs: int, outputs: int) -> None:
     close(surplus, exact.exp() - F.one_hot(targets, outputs), abs_=1e-6)
 
 
-@settings(max_examples=40, deadline=None)
-@given(number=st.integers(1, 5), side=EVEN, inner=EVEN, tall=st.booleans())
-def test_gram_matrices(number: int, side: int, inner: int, tall: bool) -> None:
-    """X X^T, or X^T X of tall ones: one half is computed, and the other is its mirror bit for bit."""
-    x = bf16(number, inner, side) if tall else bf16(number, side, inner)
-    left, right = (x.mT, x) if tall else (x, x.mT)
-    found = symmetric_products(left, right, torch.empty(number, side, side).bfloat16(), None, alpha=0.5, beta=0.0)
-    close(found, 0.5 * left.double() @ right.double())
-    assert torch.equal(found, found.mT)
-
-
-@settings(max_examples=40, deadline=None)
-@given(number=st.integers(1, 5), side=EVEN)
-def test_products_of_matrices_that_commute(number: int, side: int) -> None:
-    gram = bf16(number, side, side)
-    gram = (gram.float() @ gram.float().mT / side).bfloat16()
-    out = torch.full_like(gram, torch.nan)
-    assert serves_symmetric(out, side)
-    found = symmetric_products(gram, gram, out, gram, alpha=-0.25, beta=3.0)
-    assert found is out
-    close(found, 3 * gram.double() - 0.25 * gram.double() @ gram.double())
-
-
 def test_not_served() -> None:
     x = bf16(3, 8)
     assert not serves_gemm(x, torch.ones(4, 7))
     assert not serves_gemm(x, torch.ones(4, 8, dtype=torch.float16))
     assert not serves_gemm(x.float(), torch.ones(4, 8))
-    assert not serves_symmetric(torch.empty(2, 7, 7).bfloat16(), 8)
 
 
 def case(
@@ -154,10 +131,9 @@ def test_threads_change_no_bit(threads: None) -> None:
     found = []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        many = bf16(7, 66, 40)
-        grams = symmetric_products(many, many.mT, torch.empty(7, 66, 66).bfloat16(), None, alpha=1.0, beta=0.0)
+        matrices = newton_schulz(bf16(7, 66, 40), SCHEMES["polar_express"].runs, tight=True)
         gate_up, output = experts_forward(x, rows, *weights)
         products = project(x, weights[1][0].T), project_back(grad, weights[1][0]), outer(grad, x, torch.float32)
-        found.append([output, *experts_backward(grad, x, rows, *weights, gate_up), *products, grams])
+        found.append([output, *experts_backward(grad, x, rows, *weights, gate_up), *products, matrices])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
