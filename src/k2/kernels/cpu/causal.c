@@ -6,9 +6,9 @@
 #include "vectors.h"
 
 #ifdef __AVX512BF16__
+#include <math.h>
 #include <omp.h>
 #include "gemm.h"
-#include "softmax.h"
 
 #define QUERIES (8 * TILE)  // of a block: more need fewer passes over the keys and look at more keys in vain
 
@@ -76,10 +76,30 @@ static void logits_of(sizes s, block b, const bf16 *q, scratch mine) {
             (right){mine.part[KEY_ROWS], s.width / 2}, b.stop, s.width / 2, mine.part[LOGITS_NL], WIDE, b.start, NULL);
 }
 
-// `values` times `factor` as bfloat16 [N, room], zero beyond what a query sees.
-static void narrowed(const float *values, float factor, long seen, long room, bf16 *to) {
-    EACH(seen, store(to + i, load_wide(values + i, n) * factor, n);)
+// Exponentials of the first `seen` logits, scaled and plus `bias`, over the largest, as bfloat16 with zeros up to `room`.
+// Returns the largest, and the sum of the exponentials.
+static float exponentials(float *logits, float scale, const float *bias, long seen, long room, bf16 *to, float *total) {
+    floats most = all(-INFINITY), sums = {0};
+    EACH(seen,
+        floats x = load_wide(logits + i, n) * scale;
+        if (bias) x += load_wide(bias + i, n);
+        if (n < LANES) x = either(NUMBERS < (int32_t)n, x, all(-INFINITY));
+        store_wide(logits + i, x, n);
+        most = larger(x, most);)
+    float top = largest(most);
+    EACH(seen,
+        floats x = load_wide(logits + i, n);
+        if (n < LANES) x = either(NUMBERS < (int32_t)n, x, all(-INFINITY));
+        x = exponential(x - top);
+        store(to + i, x, n);
+        sums += x;)
     memset(to + seen, 0, (room - seen) * sizeof *to);
+    *total = sum(sums);
+    return top;
+}
+
+static void narrow_all(const float *from, long count, float factor, bf16 *to) {
+    EACH(count, store(to + i, load_wide(from + i, n) * factor, n);)
 }
 
 // out [B, L, H, V] of q and k [B, H, L, X] and v [B, H, L, V]; each query's largest logit and the logarithm of the sum
@@ -91,8 +111,8 @@ void causal_attention(const bf16 *q, const bf16 *k, const bf16 *v, const float *
 #pragma omp parallel num_threads(threads)
     {
         scratch mine = own_scratch(memory, s);
-        float *logits = mine.part[LOGITS_NL];
-        bf16 *shares = mine.part[SHARES_NL], *mixed = mine.part[GRAD_NV];
+        float *logits = mine.part[LOGITS_NL], *mixed = mine.part[TOTAL_LV], totals[QUERIES];
+        bf16 *shares = mine.part[SHARES_NL];
 #pragma omp for schedule(static)
         for (long m = 0; m < batch * heads; m++) {
             panels_of_rows((matrix){k + m * length * width, width, 0, NULL}, length, mine.part[KEY_ROWS]);
@@ -101,17 +121,17 @@ void causal_attention(const bf16 *q, const bf16 *k, const bf16 *v, const float *
                 block b = block_from(s, m, start, bias);
                 logits_of(s, b, q, mine);
                 for (long row = 0; row < b.rows; row++) {
-                    float *each = logits + row * b.stop, total, top;
+                    const float *allowed = b.bias ? b.bias + row * length : NULL;
                     long seen = start + row + 1, at = m * length + start + row;
-                    top = exponentials_over_largest(each, scale, b.bias ? b.bias + row * length : NULL, seen, b.stop, &total);
-                    row_max[at] = total == total ? top : NAN;
-                    log_sums[at] = top + logf(total);
-                    narrowed(each, 1.0f / total, seen, b.room, shares + row * b.room);
+                    float top = exponentials(logits + row * b.stop, scale, allowed, seen, b.room, shares + row * b.room,
+                                             totals + row);
+                    row_max[at] = totals[row] == totals[row] ? top : NAN;
+                    log_sums[at] = top + logf(totals[row]);
                 }
                 product(rows_of(shares, b.room), b.rows, (right){mine.part[VALUE_COLUMNS], (length + 1) / 2}, values,
-                        b.room / 2, mixed, NARROW, EVERYWHERE, NULL);
+                        b.room / 2, mixed, WIDE, EVERYWHERE, NULL);
                 for (long row = 0; row < b.rows; row++)
-                    memcpy(out + by_token(s, b, row), mixed + row * values, values * sizeof *out);
+                    narrow_all(mixed + row * values, values, 1.0f / totals[row], out + by_token(s, b, row));
             }
         }
     }
@@ -121,21 +141,23 @@ void causal_attention(const bf16 *q, const bf16 *k, const bf16 *v, const float *
 static void slopes_of(sizes s, block b, const float *log_sums, scratch mine) {
     bf16 *shares = mine.part[SHARES_NL], *slopes = mine.part[SLOPES_NL];
     for (long row = 0; row < b.rows; row++) {
-        float *logits = (float *)mine.part[LOGITS_NL] + row * b.stop, *grad = (float *)mine.part[GRAD_NL] + row * b.stop;
-        const float *bias = b.bias ? b.bias + row * s.length : NULL;
+        float *logits = (float *)mine.part[LOGITS_NL] + row * b.stop;
+        const float *grad = (float *)mine.part[GRAD_NL] + row * b.stop, *bias = b.bias ? b.bias + row * s.length : NULL;
         float log_sum = log_sums[b.matrix * s.length + b.start + row];
-        long seen = b.start + row + 1;
+        bf16 *share = shares + row * b.room, *slope = slopes + row * b.room;
+        long seen = b.start + row + 1, rest = (b.room - seen) * sizeof *share;
         floats dots = {0};
         EACH(seen,
             floats x = load_wide(logits + i, n) * s.scale - log_sum;
             if (bias) x += load_wide(bias + i, n);
             x = exponential(x);
             store_wide(logits + i, x, n);
+            store(share + i, x, n);
             dots += x * load_wide(grad + i, n);)
         float mean = sum(dots);
-        EACH(seen, store_wide(grad + i, load_wide(logits + i, n) * (load_wide(grad + i, n) - mean), n);)
-        narrowed(logits, 1.0f, seen, b.room, shares + row * b.room);
-        narrowed(grad, s.scale, seen, b.room, slopes + row * b.room);
+        EACH(seen, store(slope + i, load_wide(logits + i, n) * (load_wide(grad + i, n) - mean) * s.scale, n);)
+        memset(share + seen, 0, rest);
+        memset(slope + seen, 0, rest);
     }
 }
 
@@ -144,10 +166,6 @@ static void add_transposed(block b, const bf16 *left, const bf16 *rows, long wid
     panels_of_columns((matrix){left, b.room, 0, NULL}, b.rows, 0, b.room, mine.part[LEFT]);
     panels_of_columns((matrix){rows, width, 0, NULL}, b.rows, 0, width, mine.part[RIGHT]);
     product_of_panels(mine.part[LEFT], b.stop, (right){mine.part[RIGHT], (b.rows + 1) / 2}, width, total, ADDED, EVERYWHERE, NULL);
-}
-
-static void narrow_all(const float *from, long count, bf16 *to) {
-    EACH(count, store(to + i, load_wide(from + i, n), n);)
 }
 
 // Gradients by q, k and v of the one by out.
@@ -183,8 +201,8 @@ void causal_attention_backward(const bf16 *grad, const bf16 *q, const bf16 *k, c
                 add_transposed(b, mine.part[SLOPES_NL], queries + start * width, width, total_k, mine);
                 add_transposed(b, mine.part[SHARES_NL], grad_rows, values, total_v, mine);
             }
-            narrow_all(total_k, length * width, grad_k + m * length * width);
-            narrow_all(total_v, length * values, grad_v + m * length * values);
+            narrow_all(total_k, length * width, 1, grad_k + m * length * width);
+            narrow_all(total_v, length * values, 1, grad_v + m * length * values);
         }
     }
 }
