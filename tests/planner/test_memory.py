@@ -12,12 +12,11 @@ import pytest
 from k2.config.load import load_config
 from k2.config.pretrain import PretrainConfig
 from k2.distributed.zero import BUCKET_VALUES
-from k2.kernels.cpu import PARTIAL_ROWS
+from k2.kernels.cpu import PARTIAL_ROWS, spare
 from k2.kernels.cpu.gemm import PANEL
-from k2.model.attention import QUERY_BLOCK
 from k2.model.loss import KEPT_VALUES
 from k2.optim.newton_schulz import CHUNK_BYTES
-from k2.planner import activations, layers, memory
+from k2.planner import activations, layers, memory, operations
 from k2.planner.layout import PUBLISHED_RECOMPUTE, default_layout
 from k2.planner.memory import Memory, stage_memory
 from k2.training.footprint import Footprint, measure, tracked
@@ -120,8 +119,8 @@ def test_torchs_memory_tracker_agrees() -> None:
 
 
 def test_constants_are_those_of_the_engine() -> None:
-    assert layers.QUERY_BLOCK == QUERY_BLOCK
-    assert layers.PANEL == PANEL
+    assert operations.PANEL == PANEL
+    assert operations.LEFT_BYTES == spare.SMALLEST
     assert layers.NORM_ROWS == PARTIAL_ROWS
     assert activations.KEPT_LOGITS == KEPT_VALUES
     assert memory.BUCKET_VALUES == BUCKET_VALUES

@@ -4,20 +4,17 @@ A row says which tensors an operation reads and makes, which of them its backwar
 while it runs. Bytes follow from shapes alone; lifetimes follow from the rows (`k2.planner.liveness`). Whoever changes
 what the code in `k2.model` and `k2.kernels` keeps or allocates changes the row of that operation here.
 
-Rows describe the CPU's code in bfloat16, C included. On a GPU attention has no logits, and experts have all their rows
-at once.
+Rows describe the CPU's code in bfloat16, which is C. On a GPU experts have all their rows at once.
 """
 
 from collections.abc import Iterator
-from math import ceil, prod
+from math import ceil
 
-from k2.planner.operations import FLOAT32, INT64, Form, Layer, Operation, Sizes
+from k2.planner.operations import FLOAT32, INT64, PANEL, Form, Layer, Operation, Sizes, padded
 
 COMPLEX64 = 8
-QUERY_BLOCK = 128
-"""Queries whose probabilities are one tensor (`k2.model.mla`), with the keys up to its end."""
-PANEL = 64
-"""Columns of a packed factor of a product (`k2.kernels.cpu.gemm`)."""
+QUERY_BLOCK = 48
+"""Queries that a thread looks at together (causal.c in `k2.kernels.cpu`)."""
 NORM_ROWS = 64
 """Rows of a partial sum in the gradient of a norm's weight (`k2.kernels.cpu`)."""
 
@@ -79,25 +76,26 @@ def _norm(sizes: Sizes, name: str, source: str, made: str, width: int, whole: bo
     copy = 0.0 if whole else sizes.values(width)
     makes = {made: sizes.values(width), f"{made}_scale": sizes.float32(1)}
     saves = (source, f"{made}_scale")
-    return Operation(name, (source,), makes, saves, width, copy, sizes.values(width) + partial + copy)
+    gradient = sizes.stays(width)
+    return Operation(name, (source,), makes, saves, gradient, copy, sizes.values(width) + partial + copy)
 
 
 def _projection(sizes: Sizes, name: str, source: str, made: str, inputs: int, outputs: int) -> Operation:
     """Weights are rounded as they are read, into panels."""
-    backward = sizes.values(inputs) + max(_outer(sizes, inputs, outputs), _panels(sizes, outputs, inputs))
-    makes, weights = {made: sizes.values(outputs)}, inputs * outputs
-    return Operation(name, (source,), makes, (source,), weights, _panels(sizes, inputs, outputs), backward)
+    backward = sizes.values(inputs) + max(_outer(sizes, outputs, inputs), sizes.panels(outputs, inputs))
+    makes, stays = {made: sizes.values(outputs)}, sizes.stays(inputs * outputs)
+    return Operation(name, (source,), makes, (source,), stays, sizes.panels(inputs, outputs), backward)
 
 
-def _panels(sizes: Sizes, summed: float, columns: int) -> float:
-    """A packed factor of a product on a CPU."""
-    return sizes.item * summed * PANEL * ceil(columns / PANEL) if sizes.cpu else 0.0
+def _outer(sizes: Sizes, left: int, right: int) -> float:
+    """A weight's gradient, and what it takes to make it."""
+    return sizes.made(left * right) + _beside_outer(sizes, left, right)
 
 
-def _outer(sizes: Sizes, *columns: int) -> float:
-    """A weight's gradient, and its packed factors or what it takes to add it to a sum of another type."""
-    packed = sum(_panels(sizes, sizes.tokens, each) for each in columns)
-    return sizes.parameter * prod(columns) + max(packed, sizes.summed(prod(columns)))
+def _beside_outer(sizes: Sizes, left: int, right: int) -> float:
+    """A panel of the left factor and all of the right one, or what it takes to add to a sum of another type."""
+    packed = sizes.panels(sizes.tokens, PANEL) + sizes.panels(sizes.tokens, right)
+    return max(packed, sizes.summed(left * right))
 
 
 def _attention(sizes: Sizes) -> Iterator[Operation]:
@@ -135,61 +133,26 @@ def _attention(sizes: Sizes) -> Iterator[Operation]:
 
 
 def _attended(sizes: Sizes) -> Operation:
-    model, inputs = sizes.model, ("queries", "keys", "values")
-    makes = {"attended": sizes.values(model.num_attention_heads * model.v_head_dim)}
+    """Probabilities are computed again in both passes; a GPU sums gradients of keys and values in float32."""
+    model, inputs, heads = sizes.model, ("queries", "keys", "values"), sizes.model.num_attention_heads
+    width, value = model.qk_head_dim, model.v_head_dim
+    makes, gradients = {"attended": sizes.values(heads * value)}, sizes.values(heads * (2 * width + value))
     if not sizes.cpu:
-        width, value = model.qk_head_dim, model.v_head_dim
-        gradients = sizes.item * (2 * width + value) + FLOAT32 * (width + value)
-        return Operation(
-            "attention", inputs, makes, inputs, backward=sizes.tokens * model.num_attention_heads * gradients
-        )
-    blocks = _Blocks(sizes)
-    kept = {} if blocks.dropped else {"probabilities": sum(blocks.sizes)}
-    makes |= {"maxima": sizes.float32(model.num_attention_heads)}
-    saves = (*inputs, *kept)
-    return Operation("attention", inputs, makes | kept, saves, 0.0, blocks.forward(), blocks.backward())
+        gradients += sizes.float32(heads * (width + value))
+        return Operation("attention", inputs, makes, inputs, backward=gradients)
+    makes |= {"maxima": sizes.float32(heads), "log_sums": sizes.float32(heads)}
+    scratch = _causal_scratch(sizes)
+    return Operation("attention", inputs, makes, (*inputs, "log_sums"), 0.0, scratch, gradients + scratch)
 
 
-class _Blocks:
-    """Attention by blocks of queries against the keys up to their end, on a CPU."""
-
-    def __init__(self, sizes: Sizes) -> None:
-        model, context = sizes.model, sizes.context
-        self.item = sizes.item
-        self.rows = sizes.tokens / context * model.num_attention_heads
-        self.stops = [min(start + QUERY_BLOCK, context) for start in range(0, context, QUERY_BLOCK)]
-        self.queries = [stop - start for start, stop in zip([0, *self.stops], self.stops, strict=False)]
-        self.sizes = [self.item * self.rows * q * k for q, k in zip(self.queries, self.stops, strict=True)]
-        self.width, self.value, self.context = model.qk_head_dim, model.v_head_dim, context
-        self.dropped = "attention_probabilities" in sizes.recompute
-
-    def forward(self) -> float:
-        """Probabilities of a block, and of the one before while nobody keeps them; its queries, and what it gives."""
-        block = self.item * self.rows * self.queries[0]
-        last = self.sizes[-1] + (self.sizes[-2] if len(self.sizes) > 1 else 0.0)
-        return block * max(self.width, self.value) + last * self.dropped
-
-    def backward(self) -> float:
-        """The longest block comes first; totals of several are float32."""
-        item, rows, both = self.item, self.rows, self.width + self.value
-        longest, *others = [self.sizes[-1], *self.sizes[:-1]]
-        queries = item * rows * self.context * self.width
-        given = item * rows * self.queries[0] * self.value
-        again = 1 + self.dropped
-        most = queries + given + again * longest + item * rows * self.context * both
-        before = longest
-        total = item * rows * self.context * both
-        for stop, block in zip(self.stops, others, strict=False):
-            part = (item + FLOAT32) * rows * stop * max(self.width, self.value)
-            wide = FLOAT32 * rows * self.context * both
-            began = queries + 2 * given + total + before + again * block
-            if total != wide:
-                added = queries + given + again * block + wide + item * rows * self.context * self.width + part
-            else:
-                added = queries + given + again * block + wide + part
-            most, before, total = max(most, began, added), block, wide
-        narrowed = item * rows * self.context * both if others else 0.0
-        return max(most, queries + given + again * before + total + narrowed)
+def _causal_scratch(sizes: Sizes) -> float:
+    """What one thread works with, for both passes (`k2.kernels.cpu.causal`): packed factors, a block, two totals."""
+    model, length = sizes.model, sizes.context
+    width, value = model.qk_head_dim, model.v_head_dim
+    even, panels = length + length % 2, padded(length)
+    packed = panels * (width + value) + even * (padded(width) + padded(value))
+    block = QUERY_BLOCK * (6 * even + value + panels + padded(max(width, value)))
+    return float(sizes.item * (packed + block) + FLOAT32 * length * (width + value))
 
 
 def _gated(sizes: Sizes, name: str, width: int, made: str) -> Operation:
@@ -199,17 +162,16 @@ def _gated(sizes: Sizes, name: str, width: int, made: str) -> Operation:
     kept = {} if again else {"gate_up": gate_up}
     activation = sizes.values(4 * width) + one
     first = sizes.values(3 * width) + one + _outer(sizes, 2 * width, hidden)
-    both = sizes.parameter * 3 * hidden * width
-    back = max(_outer(sizes, hidden, width) - sizes.parameter * hidden * width, sizes.values(hidden))
-    second = sizes.values(3 * width) + one + both + max(back, sizes.values(hidden) + _panels(sizes, 2 * width, hidden))
+    both = sizes.made(2 * hidden * width) + sizes.made(hidden * width)
+    stay = sizes.stays(2 * hidden * width) + sizes.stays(hidden * width)
+    back = max(_beside_outer(sizes, hidden, width), sizes.values(hidden))
+    second = sizes.values(3 * width) + one + both + max(back, sizes.values(hidden) + sizes.panels(2 * width, hidden))
     later = sizes.values(hidden) + both + sizes.summed(2 * hidden * width)
     makes = {made: sizes.values(hidden), "ones": one} | kept
-    forward = (
-        sizes.values(width) + max(_panels(sizes, hidden, 2 * width), _panels(sizes, width, hidden)) + gate_up * again
-    )
+    forward = sizes.values(width) + max(sizes.panels(hidden, 2 * width), sizes.panels(width, hidden)) + gate_up * again
     backward = max(max(activation, first, second) + gate_up * again, later)
     saves = ("normed_again", "ones", *kept)
-    return Operation(name, ("normed_again",), makes, saves, 3 * hidden * width, forward, backward)
+    return Operation(name, ("normed_again",), makes, saves, stay, forward, backward)
 
 
 def _dense(sizes: Sizes) -> Iterator[Operation]:
@@ -243,17 +205,20 @@ def _router(sizes: Sizes) -> Operation:
         "weights": sizes.float32(chosen),
     }
     wide = 0.0 if sizes.item == FLOAT32 else sizes.float32(hidden)
-    backward = sizes.float32(experts + hidden) + max(wide, sizes.values(hidden)) + FLOAT32 * experts * hidden
     saves = ("normed_again", "scores", "chosen", "shares")
     forward = wide + sizes.float32(experts)
-    return Operation("router", ("normed_again",), makes, saves, experts * hidden, forward, backward)
+    gradient = FLOAT32 * experts * hidden
+    backward = sizes.float32(experts + hidden) + max(wide, sizes.values(hidden)) + gradient
+    return Operation("router", ("normed_again",), makes, saves, gradient * sizes.fresh, forward, backward)
 
 
 def _routed(sizes: Sizes) -> Operation:
     """Routed experts, each with memory for its rows on a CPU; from other ranks come rows that are kept."""
     model, hidden, width = sizes.model, sizes.model.hidden_size, sizes.model.moe_intermediate_size
     chosen, experts = model.num_experts_per_tok, model.n_routed_experts / sizes.ep
-    weights, again = 3 * hidden * width * experts, "mlp_up_projections" in sizes.recompute
+    gate_up_weights, down_weights = 2 * hidden * width * experts, hidden * width * experts
+    made, stay = (each(gate_up_weights) + each(down_weights) for each in (sizes.made, sizes.stays))
+    again = "mlp_up_projections" in sizes.recompute
     gate_up, rows = sizes.values(2 * width, chosen), sizes.values(hidden, chosen)
     order = INT64 * sizes.tokens * chosen
     makes = {"routed": sizes.values(hidden), "row_weights": sizes.float32(chosen), "row_tokens": float(order)}
@@ -262,18 +227,18 @@ def _routed(sizes: Sizes) -> Operation:
         kept["rows"] = sizes.fp8_form(hidden, chosen).kept if sizes.fp8 else rows
     bag = order + 2.0 * INT64 * sizes.tokens
     inside = _scratch(sizes) if sizes.cpu else sizes.values(2 * hidden + 4 * width, chosen)
-    grads = sizes.parameter * weights + sizes.float32(chosen)
+    grads = made + sizes.float32(chosen)
     product = grads + rows + max(inside + gate_up * again * (not sizes.cpu), sizes.values(hidden) + bag)
-    summed = grads + sizes.values(hidden) + sizes.summed(2 * weights / 3)
+    summed = grads + sizes.values(hidden) + sizes.summed(gate_up_weights)
     saves, forward = ("normed_again", "row_weights", "row_tokens", *kept), rows + max(bag, inside) + gate_up * again
     reads = ("normed_again", "weights")
-    return Operation("routed", reads, makes | kept, saves, weights, forward, max(product, summed))
+    return Operation("routed", reads, makes | kept, saves, stay, forward, max(product, summed))
 
 
 def _scratch(sizes: Sizes) -> float:
     """What one thread works with, for an expert with the mean number of rows (`k2.kernels.cpu.experts`)."""
     model, hidden, inner = sizes.model, sizes.model.hidden_size, sizes.model.moe_intermediate_size
-    wide, middle, narrow = (PANEL * ceil(width / PANEL) for width in (hidden, 2 * inner, inner))
+    wide, middle, narrow = (padded(width) for width in (hidden, 2 * inner, inner))
     each = ceil(sizes.tokens * model.num_experts_per_tok * sizes.ep / model.n_routed_experts)
     rows = each * (hidden + 6 * inner + max(wide, middle) + max(wide, narrow))
     return float(sizes.item * (rows + wide * middle))

@@ -3,7 +3,7 @@
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from k2.planner.operations import FLOAT32, Form, Layer, Operation
+from k2.planner.operations import Form, Layer, Operation
 
 AS_IT_IS = Form()
 
@@ -66,9 +66,9 @@ class Lifetimes:
             alive = {name: size for name, size in alive.items() if name in stays}
         return fullest(moments)
 
-    def backward(self, fresh: bool) -> Moment:
-        """The fullest moment of the backward pass; `fresh`: gradients of weights stay, as none are there to add to."""
-        return fullest(_BackwardPass(self, fresh).moments(self._operations))
+    def backward(self) -> Moment:
+        """The fullest moment of the backward pass."""
+        return fullest(_BackwardPass(self).moments(self._operations))
 
     def brought_back(self, operation: Operation) -> list[tuple[str, Form]]:
         """What an operation's backward pass needs and is not kept as it was."""
@@ -86,8 +86,8 @@ class _BackwardPass:
     A gradient that is passed on is the same memory under other names.
     """
 
-    def __init__(self, life: Lifetimes, fresh: bool) -> None:
-        self._life, self._fresh = life, fresh
+    def __init__(self, life: Lifetimes) -> None:
+        self._life = life
         self._back, self._memory, self._weights = set[str](), {"output": "output"}, 0.0
 
     def moments(self, operations: Sequence[Operation]) -> Iterator[Moment]:
@@ -98,7 +98,7 @@ class _BackwardPass:
                     yield Moment(self._level(number) + form.back, f"{each.name}, {name} again")
                     self._back |= {name, *form.together}
             yield Moment(self._level(number) + each.backward, each.name)
-            self._weights += FLOAT32 * each.weights * self._fresh
+            self._weights += each.gradients
             owners = [self._memory.pop(name) for name in each.makes if name in self._memory]
             for name in each.reads:
                 if name in self._memory:

@@ -13,7 +13,15 @@ from typing import Any
 from k2.config.model import ModelConfig
 from k2.config.pretrain import PretrainConfig
 from k2.model.layout import logical_tensors
-from k2.planner.activations import Kept, embedding_moment, head_kept, layer_memory, loss_moments
+from k2.planner.activations import (
+    Kept,
+    embedding_gradient,
+    embedding_moment,
+    head_gradients,
+    head_kept,
+    layer_memory,
+    loss_moments,
+)
 from k2.planner.layout import Layout, layers_of_chunks, layers_of_rank
 from k2.planner.liveness import Moment, fullest
 from k2.planner.operations import ITEM, Sizes
@@ -46,7 +54,7 @@ class Memory:
     parameters, gradients: of what it computes with. optimizer: masters and moments of what it updates.
     activations: what micro-batches in flight leave for their backward passes; logits: of these the last stage's.
     working: what the fullest moment needs besides; less than nothing where a step is one micro-batch, whose gradients
-        come while its activations go.
+        come while its activations go, unless they go where those of the step before were.
     peak: that moment.
     communication: what exchanges send from and receive into.
     host: what was offloaded, on the rank's share of its node.
@@ -118,8 +126,7 @@ def stage_memory(config: PretrainConfig, layout: Layout, stage: int, device: str
     count = in_flight(layout, stage, layout.micro_batches(config.batch_tokens))
     activations = _held([chunk.device for chunk in kept], count) + _shared(sizes)
     logits = head_kept(sizes) if stage == layout.pp - 1 else 0.0
-    fresh = layout.micro_batches(config.batch_tokens) == 1
-    peak = fullest([*_moments(sizes, layout, stage, fresh, activations), Moment(gradients, "optimizer")])
+    peak = fullest([*_moments(sizes, layout, stage, activations), Moment(gradients, "optimizer")])
     return Memory(
         parameters=parameter * (routed + rest),
         gradients=gradients,
@@ -152,32 +159,32 @@ def _shared(sizes: Sizes) -> float:
     return FP32 * sizes.tokens * sizes.context if sizes.masked and sizes.cpu else 0.0
 
 
-def _moments(sizes: Sizes, layout: Layout, stage: int, fresh: bool, held: float) -> Iterator[Moment]:
+def _moments(sizes: Sizes, layout: Layout, stage: int, held: float) -> Iterator[Moment]:
     """Bytes of activations and gradients through a micro-batch.
 
-    fresh: it is a step's only one, so that gradients come while its activations go.
     held: what all micro-batches in flight have left in the layers.
     """
-    model, values = sizes.model, layer_sizes(sizes.model)
-    there = 0.0 if fresh else GRADIENT * _values(stage_sizes(model, layout, stage), layout)
-    came = there
+    model, total = sizes.model, stage_sizes(sizes.model, layout, stage)
+    chunks = layers_of_chunks(model, layout.pp, layout.virtual_stages)[stage :: layout.pp]
+    memories = {n: layer_memory(sizes, n < model.first_k_dense_replace) for chunk in chunks for n in chunk}
+    head, embedding = head_gradients(sizes) * (stage == layout.pp - 1), embedding_gradient(sizes) * (stage == 0)
+    there = GRADIENT * _values(total, layout) - head - embedding - sum(each.gradients for each in memories.values())
     if stage == layout.pp - 1:
         yield from (Moment(held + head_kept(sizes) + there + each.bytes, each.where) for each in loss_moments(sizes))
-        came += GRADIENT * _values(values["head"], layout) * fresh
-    for chunk in reversed(layers_of_chunks(model, layout.pp, layout.virtual_stages)[stage :: layout.pp]):
-        memories = [layer_memory(sizes, number < model.first_k_dense_replace, fresh) for number in chunk]
-        scores, below = sum(each.score_gradients for each in memories), held
-        for place in reversed(range(len(chunk))):
-            number, memory = chunk[place], memories[place]
-            fetched = memories[place - 1].kept.host if place else 0.0
+    came = there + head
+    for chunk in reversed(chunks):
+        scores, below = sum(memories[number].score_gradients for number in chunk), held
+        for number in reversed(chunk):
+            memory = memories[number]
+            fetched = memories[number - 1].kept.host if number > chunk.start else 0.0
             below -= memory.kept.device
             yield memory.forward.more(below + there, f"forward of layer {number}")
             yield memory.backward.more(below + came + fetched + scores, f"backward of layer {number}")
             scores -= memory.score_gradients
-            came += GRADIENT * _values(values[number], layout) * fresh
+            came += memory.gradients
     if stage == 0:
-        embedding = embedding_moment(sizes)
-        yield Moment(embedding.bytes + came, embedding.where)
+        moment = embedding_moment(sizes)
+        yield Moment(moment.bytes + came, moment.where)
 
 
 def _values(values: Values, layout: Layout) -> float:

@@ -10,6 +10,15 @@ from k2.planner.layout import Layout
 FLOAT32, INT64 = 4, 8
 ITEM = {"bfloat16": 2, "float32": 4}
 FP8_TILE = 128
+PANEL = 64
+"""Columns of a packed factor of a product (`k2.kernels.cpu.gemm`)."""
+LEFT_BYTES = 1 << 18
+"""The smallest gradient of a weight whose memory one step leaves to the next (`k2.kernels.cpu.spare`)."""
+
+
+def padded(columns: int) -> int:
+    """Columns of whole panels."""
+    return PANEL * ceil(columns / PANEL)
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,7 @@ class Operation:
 
     reads: tensors that it makes gradients of; there is one in the size of each.
     makes: tensors and their bytes; `saves` are those that its backward pass needs, whoever made them.
-    weights: values of its weights.
+    gradients: bytes of its weights' gradients that come as it runs backward, and stay.
     forward: the most bytes besides what it reads and makes.
     backward: the most besides what it needs and gradients of what it made; with the gradients that it makes.
     passes: it adds: every gradient it makes is the one it gets.
@@ -28,7 +37,7 @@ class Operation:
     reads: tuple[str, ...]
     makes: dict[str, float]
     saves: tuple[str, ...] = ()
-    weights: float = 0.0
+    gradients: float = 0.0
     forward: float = 0.0
     backward: float = 0.0
     passes: bool = False
@@ -72,6 +81,8 @@ class Sizes:
 
     whole: layers are computed again as wholes; then no other switch but `offloads` changes a layer.
     balanced: there is a balance loss. masked: documents of a row do not see each other.
+    fresh: a step is one micro-batch: gradients of weights stay, as none are there to add to.
+    left: memory of large ones is there from the step before.
     """
 
     model: ModelConfig
@@ -86,11 +97,14 @@ class Sizes:
     balanced: bool
     masked: bool
     cpu: bool
+    fresh: bool
+    left: bool
 
     @classmethod
     def of(cls, config: PretrainConfig, layout: Layout, cpu: bool) -> "Sizes":
         """Those of a rank's micro-batch under a layout."""
-        whole = "layers" in layout.recompute
+        whole, fresh = "layers" in layout.recompute, layout.micro_batches(config.batch_tokens) == 1
+        masters = ITEM[config.precision] < ITEM[config.param_dtype]
         return cls(
             model=config.model,
             tokens=layout.micro_batch_tokens,
@@ -104,6 +118,8 @@ class Sizes:
             balanced=config.balance_loss_weight > 0,
             masked=config.mask_documents,
             cpu=cpu,
+            fresh=fresh,
+            left=cpu and fresh and masters and layout.ranks == 1,
         )
 
     @property
@@ -119,21 +135,28 @@ class Sizes:
         """Widened."""
         return FLOAT32 * self.tokens * rows * width
 
+    def panels(self, summed: float, columns: int) -> float:
+        """A packed factor of a product on a CPU."""
+        return self.item * summed * padded(columns) if self.cpu else 0.0
+
     def cast(self, values: float) -> float:
         """Weights in the precision of activations, where they have another one."""
         return 0.0 if self.item == self.parameter else self.item * values
 
-    def gradient(self, values: float) -> float:
-        """Of a weight: a product in the precision of activations, then as the sum in float32 takes it."""
-        return self.item * values + self.widened(values)
+    def made(self, values: float) -> float:
+        """A weight's gradient as a product gives it; nothing if it goes where the one of the step before was."""
+        return 0.0 if self._left(values) else self.parameter * values
+
+    def stays(self, values: float) -> float:
+        """What of it is new and stays: there is nothing to add it to."""
+        return FLOAT32 * values if self.fresh and not self._left(values) else 0.0
+
+    def _left(self, values: float) -> bool:
+        return self.left and self.parameter * values >= LEFT_BYTES
 
     def summed(self, values: float) -> float:
         """What it takes to add a weight's gradient to the sum in float32, if it is another type than the weight."""
         return 0.0 if self.parameter == FLOAT32 else FLOAT32 * values
-
-    def widened(self, values: float) -> float:
-        """A gradient in the precision of activations, as the sum in float32 takes it, whatever the weight is."""
-        return 0.0 if self.item == FLOAT32 else FLOAT32 * values
 
     def fp8_form(self, width: int, rows: float = 1.0, besides: float = 0.0) -> Form:
         """Codes and a scale for 128 of them. A CPU has several float32 tensors meanwhile (`fp8_reference`)."""

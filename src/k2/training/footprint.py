@@ -165,44 +165,54 @@ def measure(config: PretrainConfig, tokens: int, *, update: bool = True) -> Foot
     kept = running.alive(times[-1])
     parameters = list(state.model.parameters())
     gradients = sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
-    there = 0 if len(hosts) == 1 else gradients
     sizes = sum(parameter.nbytes for parameter in parameters)
     return Footprint(
         parameters=sizes,
         gradients=gradients,
         optimizer=sum(block.bytes for block in building.alive(inf)) - sizes,
-        activations=sum(block.bytes for block in kept if block not in hosted) - there,
+        activations=sum(block.bytes for block in kept if block.end < inf and block not in hosted),
         host=sum(block.bytes for block in kept if block in hosted),
         peaks=running.peaks(hosted),
     )
 
 
 def take_step(state: TrainState, config: PretrainConfig, batch: TokenBatch, *, update: bool) -> list[frozenset[int]]:
-    """A step of two micro-batches, or of one where that is the whole step: the first finds no gradients to add to.
+    """Two micro-batches: of one step, or of a step each where one is all that a step has.
 
-    Returns where on the host each left its activations.
+    Either way the second finds what the first has left, gradients or their memory. Returns where on the host each left
+    its activations.
     """
-    loss_fn, offload = NextTokenLoss(config.balance_loss_weight), state.model.offload
-    hosts: list[frozenset[int]] = []
-    for _ in range(min(2, config.batch_tokens // batch.tokens)):
-        mark("embedding")
-        loss: Loss = loss_fn(state.model, batch)
-        hosts.append(frozenset() if offload is None else offload.addresses())
-        mark(GRADIENT)
-        loss.total.backward()  # type: ignore[no-untyped-call]
+    hosts = []
+    for _ in range(2):
+        if batch.tokens == config.batch_tokens:
+            state.model.zero_grad()
+        hosts.append(_pass(state, config, batch))
     mark("optimizer")
     if update:
         state.optimizer.step()
     return hosts
 
 
+def _pass(state: TrainState, config: PretrainConfig, batch: TokenBatch) -> frozenset[int]:
+    """Forward and backward; where on the host activations were in between."""
+    mark("embedding")
+    loss: Loss = NextTokenLoss(config.balance_loss_weight)(state.model, batch)
+    host = frozenset[int]() if state.model.offload is None else state.model.offload.addresses()
+    mark(GRADIENT)
+    loss.total.backward()  # type: ignore[no-untyped-call]
+    return host
+
+
 def tracked(config: PretrainConfig, tokens: int) -> int:
-    """The peak of a step by torch's MemTracker, which takes one micro-batch; the optimizer's workspace added."""
+    """The peak of a step of one micro-batch after another one, by torch's MemTracker; optimizer's workspace added."""
     (state, _), building = recorded(lambda: build(config))
     batch, tracker = random_batch(config, tokens), MemTracker()
     with tracker:
         tracker.track_external(state.model)  # what else the run was built of is not the tracker's to find
-        take_step(state, config, batch, update=False)
+        for _ in range(2):
+            tracker.reset_mod_stats()
+            state.model.zero_grad()
+            _pass(state, config, batch)
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     parameters = sum(parameter.nbytes for parameter in state.model.parameters())
     return sum(block.bytes for block in building.alive(inf)) - parameters + peak["Total"]

@@ -6,15 +6,16 @@ The system clears fresh memory page by page when it is first touched: a tenth of
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ctypes import c_byte
 from math import prod
 from weakref import finalize
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 SMALLEST = 2**18  # bytes; of less, malloc has some at hand
 
-_spare: defaultdict[int, list[Tensor]] = defaultdict(list)
+_spare: defaultdict[int, list[UntypedStorage]] = defaultdict(list)
 _leaving = False
 
 
@@ -38,12 +39,12 @@ def empty(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = prod(sizes) * dtype.itemsize
     if size < SMALLEST:
         return torch.empty(sizes, dtype=dtype)
-    memory = _spare[size].pop() if _spare[size] else torch.empty(size, dtype=torch.uint8)
-    seen = memory.numpy()  # a new object, which ends with the last tensor that is made of it
+    memory = _spare[size].pop() if _spare[size] else UntypedStorage(size)
+    seen = (c_byte * size).from_address(memory.data_ptr())  # a new object, which ends with the last tensor made of it
     finalize(seen, _ended, memory).atexit = False
-    return torch.from_numpy(seen).view(dtype).view(sizes)
+    return torch.frombuffer(seen, dtype=dtype).view(sizes)
 
 
-def _ended(memory: Tensor) -> None:
+def _ended(memory: UntypedStorage) -> None:
     if _leaving:
-        _spare[len(memory)].append(memory)
+        _spare[memory.nbytes()].append(memory)
