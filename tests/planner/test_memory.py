@@ -13,12 +13,14 @@ from k2.config.load import load_config
 from k2.config.pretrain import PretrainConfig
 from k2.distributed.zero import BUCKET_VALUES
 from k2.kernels.cpu import PARTIAL_ROWS, spare
+from k2.kernels.cpu.build import library
 from k2.kernels.cpu.gemm import PANEL
 from k2.model.loss import KEPT_VALUES
 from k2.optim.newton_schulz import CHUNK_BYTES
 from k2.planner import activations, layers, memory, operations
-from k2.planner.layout import PUBLISHED_RECOMPUTE, default_layout
+from k2.planner.layout import PUBLISHED_RECOMPUTE, Layout, default_layout
 from k2.planner.memory import Memory, stage_memory
+from k2.planner.operations import Sizes
 from k2.training.footprint import Footprint, measure, tracked
 
 EVERYTHING = {
@@ -125,3 +127,13 @@ def test_constants_are_those_of_the_engine() -> None:
     assert activations.KEPT_LOGITS == KEPT_VALUES
     assert memory.BUCKET_VALUES == BUCKET_VALUES
     assert memory.NEWTON_SCHULZ_BYTES == CHUNK_BYTES
+
+
+@pytest.mark.parametrize("context", [1, 47, 256, 2049])
+def test_attention_s_own_memory_is_that_of_the_engine(context: int) -> None:
+    config = load_config("small").pretrain.model_copy(update={"context_length": context})
+    sizes = Sizes.of(config, Layout(micro_batch_tokens=context), cpu=True)
+    model, kernels = config.model, library()
+    assert kernels is not None
+    values = kernels.causal_scratch(context, model.qk_head_dim, model.v_head_dim)
+    assert layers.causal_scratch(sizes) == pytest.approx(2 * values, rel=0.01)

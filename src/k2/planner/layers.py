@@ -141,11 +141,11 @@ def _attended(sizes: Sizes) -> Operation:
         gradients += sizes.float32(heads * (width + value))
         return Operation("attention", inputs, makes, inputs, backward=gradients)
     makes |= {"maxima": sizes.float32(heads), "log_sums": sizes.float32(heads)}
-    scratch = _causal_scratch(sizes)
+    scratch = causal_scratch(sizes)
     return Operation("attention", inputs, makes, (*inputs, "log_sums"), 0.0, scratch, gradients + scratch)
 
 
-def _causal_scratch(sizes: Sizes) -> float:
+def causal_scratch(sizes: Sizes) -> float:
     """What one thread works with, for both passes (`k2.kernels.cpu.causal`): packed factors, a block, two totals."""
     model, length = sizes.model, sizes.context
     width, value = model.qk_head_dim, model.v_head_dim
