@@ -1,5 +1,6 @@
 """What layers leave behind: the same gradients from less memory, FP8's error bounded, and nothing counted twice."""
 
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -8,15 +9,19 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from k2.config.base import Kernels
 from k2.config.model import ModelConfig, Recompute
+from k2.kernels.cpu.gemm import has_gemm
 from k2.kernels.fp8 import dequantize, quantize
 from k2.model.activations import Activations
+from k2.model.backend import use_kernels
 from k2.model.offload import Offload
 from k2.model.transformer import Transformer
 from tests.model.reference import SHAPES
 
 NAMES = get_args(Recompute)
 SELECTIVE = tuple(name for name in NAMES if name != "layers")
+WITHOUT_PROBABILITIES = tuple(name for name in SELECTIVE if name != "attention_probabilities")
 PAPER = ("norms", "mla_up_projections")
 
 
@@ -37,6 +42,12 @@ def step(config: ModelConfig, dtype: torch.dtype, **switches: Any) -> tuple[dict
     return gradients, statistics.expert_counts_ME, kept - away
 
 
+@pytest.fixture
+def kernels() -> Iterator[Callable[[Kernels], None]]:
+    yield use_kernels
+    use_kernels("auto")
+
+
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -44,7 +55,8 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize(("shape", "dtype"), [("plain", torch.bfloat16), ("full_query", torch.float32)])
 @pytest.mark.parametrize("offload", [False, True], ids=["", "offload"])
 @pytest.mark.parametrize("recompute", [(), *((name,) for name in NAMES), SELECTIVE, NAMES], ids="+".join)
-def test_the_same_gradients_from_less_memory(recompute, offload: bool, shape: str, dtype: torch.dtype) -> None:
+def test_the_same_gradients_from_less_memory(kernels, recompute, offload: bool, shape: str, dtype: torch.dtype) -> None:
+    kernels("torch" if recompute == ("attention_probabilities",) else "auto")  # C has none to drop
     gradients, counts, kept = step(SHAPES[shape], dtype)
     again, counts_again, kept_again = step(SHAPES[shape], dtype, recompute=recompute, offload_activations=offload)
     assert same(again, gradients)
@@ -53,12 +65,23 @@ def test_the_same_gradients_from_less_memory(recompute, offload: bool, shape: st
     assert kept_again < kept or not (recompute or offload)
 
 
-def test_every_switch_adds_to_the_saving() -> None:
+@pytest.mark.skipif(not has_gemm(), reason="needs a C compiler and a processor with avx512_bf16")
+def test_attention_in_c_has_no_probabilities_to_drop() -> None:
+    plain, again = (
+        step(SHAPES["plain"], torch.bfloat16, recompute=names) for names in ((), ("attention_probabilities",))
+    )
+    assert same(again[0], plain[0])
+    assert again[2] == plain[2]
+
+
+@pytest.mark.parametrize(("choice", "selective"), [("auto", WITHOUT_PROBABILITIES), ("torch", SELECTIVE)])
+def test_every_switch_adds_to_the_saving(kernels, choice: Kernels, selective: tuple[Recompute, ...]) -> None:
+    kernels(choice)
     switches: dict[str, Any] = {}
     kept = [step(SHAPES["plain"], torch.bfloat16)[2]]
     for added in (
         {"fp8_storage": True},
-        *({"recompute": SELECTIVE[:count]} for count in range(1, len(SELECTIVE) + 1)),
+        *({"recompute": selective[:count]} for count in range(1, len(selective) + 1)),
         {"offload_activations": True},
     ):
         switches |= added

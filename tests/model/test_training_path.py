@@ -49,7 +49,7 @@ def test_rotation_equals_its_formula() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    ("name", "value"), [("mla.QUERY_BLOCK", 4), ("experts.GROUP_ROWS", 1), ("experts.GROUP_ROWS", 9)]
+    ("name", "value"), [("attention.QUERY_BLOCK", 4), ("experts.GROUP_ROWS", 1), ("experts.GROUP_ROWS", 9)]
 )
 def test_block_sizes_change_nothing(name: str, value: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.randint(TINY.vocab_size, (2, 19), generator=torch.Generator().manual_seed(5))
