@@ -48,10 +48,11 @@ def test_products(rows: int, inputs: int, outputs: int, wide: bool) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 120), inputs=EVEN, outputs=EVEN)
-def test_log_probabilities(rows: int, inputs: int, outputs: int) -> None:
-    """Logits are rounded to bfloat16 before the softmax, as everywhere."""
+@given(rows=st.integers(1, 120), inputs=EVEN, outputs=EVEN, wide=st.booleans())
+def test_log_probabilities(rows: int, inputs: int, outputs: int, wide: bool) -> None:
+    """Logits are rounded to bfloat16 before the softmax, as everywhere; of masters and bfloat16 weights."""
     x, weight = bf16(rows, inputs), bf16(outputs, inputs, seed=1)
+    weight = weight.float() * (1 + 2**-11) if wide else weight
     targets = torch.randint(outputs, (rows,), generator=torch.Generator().manual_seed(2))
     exact = project(x, weight).double().log_softmax(-1)
     found, surplus = log_probabilities(x, weight, targets)
