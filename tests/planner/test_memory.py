@@ -5,6 +5,7 @@ Nothing here is fitted: rows of `k2.planner.layers` describe the code, and a row
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import pytest
@@ -130,10 +131,14 @@ def test_constants_are_those_of_the_engine() -> None:
 
 
 @pytest.mark.parametrize("context", [1, 47, 256, 2049])
-def test_attention_s_own_memory_is_that_of_the_engine(context: int) -> None:
+def test_threads_own_memory_is_that_of_the_engine(context: int) -> None:
+    """For attention, and for experts with the mean number of rows."""
     config = load_config("small").pretrain.model_copy(update={"context_length": context})
     sizes = Sizes.of(config, Layout(micro_batch_tokens=context), cpu=True)
     model, kernels = config.model, library()
     assert kernels is not None
-    values = kernels.causal_scratch(context, model.qk_head_dim, model.v_head_dim)
-    assert layers.causal_scratch(sizes) == pytest.approx(2 * values, rel=0.01)
+    attention = kernels.causal_scratch(context, model.qk_head_dim, model.v_head_dim)
+    assert layers.causal_scratch(sizes) == pytest.approx(2 * attention, rel=0.01)
+    rows = ceil(context * model.num_experts_per_tok / model.n_routed_experts)
+    experts = kernels.experts_scratch(rows, model.hidden_size, model.moe_intermediate_size)
+    assert layers.experts_scratch(sizes) == pytest.approx(2 * experts, rel=0.01)

@@ -133,7 +133,7 @@ def _attention(sizes: Sizes) -> Iterator[Operation]:
 
 
 def _attended(sizes: Sizes) -> Operation:
-    """Probabilities are computed again in both passes; a GPU sums gradients of keys and values in float32."""
+    """No probabilities are kept or written; a GPU sums gradients of keys and values in float32."""
     model, inputs, heads = sizes.model, ("queries", "keys", "values"), sizes.model.num_attention_heads
     width, value = model.qk_head_dim, model.v_head_dim
     makes, gradients = {"attended": sizes.values(heads * value)}, sizes.values(heads * (2 * width + value))
@@ -226,7 +226,7 @@ def _routed(sizes: Sizes) -> Operation:
     if sizes.ep > 1:
         kept["rows"] = sizes.fp8_form(hidden, chosen).kept if sizes.fp8 else rows
     bag = order + 2.0 * INT64 * sizes.tokens
-    inside = _scratch(sizes) if sizes.cpu else sizes.values(2 * hidden + 4 * width, chosen)
+    inside = experts_scratch(sizes) if sizes.cpu else sizes.values(2 * hidden + 4 * width, chosen)
     grads = made + sizes.float32(chosen)
     product = grads + rows + max(inside + gate_up * again * (not sizes.cpu), sizes.values(hidden) + bag)
     summed = grads + sizes.values(hidden) + sizes.summed(gate_up_weights)
@@ -235,10 +235,10 @@ def _routed(sizes: Sizes) -> Operation:
     return Operation("routed", reads, makes | kept, saves, stay, forward, max(product, summed))
 
 
-def _scratch(sizes: Sizes) -> float:
+def experts_scratch(sizes: Sizes) -> float:
     """What one thread works with, for an expert with the mean number of rows (`k2.kernels.cpu.experts`)."""
     model, hidden, inner = sizes.model, sizes.model.hidden_size, sizes.model.moe_intermediate_size
     wide, middle, narrow = (padded(width) for width in (hidden, 2 * inner, inner))
     each = ceil(sizes.tokens * model.num_experts_per_tok * sizes.ep / model.n_routed_experts)
-    rows = each * (hidden + 6 * inner + max(wide, middle) + max(wide, narrow))
+    rows = each * (6 * inner + max(wide, middle) + max(wide, narrow))
     return float(sizes.item * (rows + wide * middle))

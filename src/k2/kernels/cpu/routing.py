@@ -23,7 +23,8 @@ def order_by_expert(chosen_TS: Tensor, experts: int) -> tuple[Tensor, Tensor, Te
     Rows of one expert are in the order of pairs; there are E + 1 beginnings.
     """
     chosen_TS = chosen_TS.contiguous()
-    slots_TS, (pairs_N, tokens_N) = torch.empty_like(chosen_TS), chosen_TS.new_empty(2, chosen_TS.numel())
+    slots_TS = torch.empty_like(chosen_TS)
+    pairs_N, tokens_N = (chosen_TS.new_empty(chosen_TS.numel()) for _ in range(2))  # tokens outlive pairs
     offsets = chosen_TS.new_empty(experts + 1)
     sizes = chosen_TS.numel(), chosen_TS.shape[1], experts
     _run("order_by_expert", chosen_TS, slots_TS, pairs_N, tokens_N, offsets, *sizes)
