@@ -80,8 +80,7 @@ def components(preset: str, tokens: int) -> Iterator[Row]:
         yield compared(f"{preset}, {name}", ours, "allocator", theirs)
     yield compared(f"{preset}, peak in {planned.peak}", planned.gpu, f"allocator, in {found.peak}", found.total)
     yield compared(f"{preset}, peak", planned.gpu, "resident memory", resident(preset, tokens))
-    once = config.model_copy(update={"batch_tokens": tokens})
-    yield compared(f"{preset}, peak of one micro-batch", plan(once, tokens).gpu, "MemTracker", tracked(once, tokens))
+    yield compared(f"{preset}, peak", planned.gpu, "MemTracker", tracked(config, tokens))
 
 
 def switched(preset: str, tokens: int) -> Iterator[Row]:

@@ -204,14 +204,13 @@ def _pass(state: TrainState, config: PretrainConfig, batch: TokenBatch) -> froze
 
 
 def tracked(config: PretrainConfig, tokens: int) -> int:
-    """The peak of a step of one micro-batch after another one, by torch's MemTracker; optimizer's workspace added."""
+    """The peak of a step of two micro-batches by torch's MemTracker; the optimizer's workspace added."""
     (state, _), building = recorded(lambda: build(config))
     batch, tracker = random_batch(config, tokens), MemTracker()
     with tracker:
         tracker.track_external(state.model)  # what else the run was built of is not the tracker's to find
         for _ in range(2):
-            tracker.reset_mod_stats()
-            state.model.zero_grad()
+            tracker.reset_mod_stats()  # it takes one pass at a time
             _pass(state, config, batch)
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     parameters = sum(parameter.nbytes for parameter in state.model.parameters())
