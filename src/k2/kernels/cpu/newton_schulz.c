@@ -30,7 +30,7 @@ long newton_schulz_scratch(long side, long length) {
 }
 
 static work work_in(bf16 *memory, long side, long length, long tall) {
-    work w = {side, length, tall};
+    work w = {.side = side, .length = length, .tall = tall};
     bf16 *end = memory + newton_schulz_scratch(side, length);
     w.sums = (float *)memory;
     w.packed = (pair *)(memory + padded(2 * side * length, 64));
