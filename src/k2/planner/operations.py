@@ -160,8 +160,8 @@ class Sizes:
 
     def fp8_form(self, width: int, rows: float = 1.0, besides: float = 0.0) -> Form:
         """Codes and a scale for 128 of them. A CPU has several float32 tensors meanwhile (`fp8_reference`)."""
-        padded, tokens = FP8_TILE * ceil(width / FP8_TILE), self.tokens * rows
-        kept = tokens * (width + FLOAT32 * padded / FP8_TILE)
+        wide, tokens = FP8_TILE * ceil(width / FP8_TILE), self.tokens * rows
+        kept = tokens * (width + FLOAT32 * wide / FP8_TILE)
         if not self.cpu:
             return Form(kept, besides, self.values(width, rows))
-        return Form(kept, besides + 2 * FLOAT32 * tokens * padded, FLOAT32 * tokens * (2 * width + padded))
+        return Form(kept, besides + 2 * FLOAT32 * tokens * wide, FLOAT32 * tokens * (2 * width + wide))

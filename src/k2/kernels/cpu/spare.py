@@ -39,7 +39,7 @@ def empty(sizes: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = prod(sizes) * dtype.itemsize
     if size < SMALLEST:
         return torch.empty(sizes, dtype=dtype)
-    memory = _spare[size].pop() if _spare[size] else UntypedStorage(size)
+    memory = _spare[size].pop() if _spare[size] else UntypedStorage(size)  # type: ignore[no-untyped-call]
     seen = (c_byte * size).from_address(memory.data_ptr())  # a new object, which ends with the last tensor made of it
     finalize(seen, _ended, memory).atexit = False
     return torch.frombuffer(seen, dtype=dtype).view(sizes)
