@@ -38,16 +38,16 @@ class Choices:
         }
 
     def __enter__(self) -> Self:
-        self._choose = Router._choose
+        self._choose = Router.choose
 
         def choose(router: Router, scores_TE: Tensor) -> Tensor:
             return self._next(self._layers[router], self._choose(router, scores_TE))
 
-        Router._choose = choose  # type: ignore[method-assign, assignment]
+        Router.choose = choose  # type: ignore[method-assign, assignment]
         return self
 
     def __exit__(self, *_: object) -> None:
-        Router._choose = self._choose  # type: ignore[method-assign]
+        Router.choose = self._choose  # type: ignore[method-assign]
 
     def seen(self) -> dict[int, Tensor]:
         """What was chosen, [A, S] by layer."""

@@ -91,7 +91,7 @@ class _Router:
 
     def __init__(self, mlp: MixtureOfExperts, gain_D: Tensor) -> None:
         gate = mlp.gate
-        self.choose, self.bias_E = gate._choose, gate.e_score_correction_bias
+        self.choose = gate.choose
         self.weight_DE = (gate.weight.data * gain_D).T.to(gain_D.dtype).contiguous()
         self.scaling, self.normed = gate.scaling, gate.config.norm_topk_prob
         choices = gate.config.num_experts_per_tok
@@ -101,7 +101,7 @@ class _Router:
     def __call__(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Chosen experts [T, S] and their weights in the precision of `x_TD`."""
         scores_TE = torch.mm(x_TD.to(self.weight_DE.dtype), self.weight_DE).sigmoid_()
-        experts_TS = self.choose(scores_TE + self.bias_E)
+        experts_TS = self.choose(scores_TE)
         weights_TS = scores_TE.gather(1, experts_TS)
         if self.normed:
             weights_TS /= torch.addmm(self.floor, weights_TS, self.sums_SS)

@@ -72,13 +72,14 @@ class Router(nn.Module):
         if self.kernel_fits and (kernels := kernels_for(x_TD)):
             return Routing(*kernels.routed(logits_TE, self.e_score_correction_bias, self.choices, self.scaling))
         scores_TE = logits_TE.sigmoid()
-        experts_TS = self._choose(scores_TE.detach())
+        experts_TS = self.choose(scores_TE.detach())
         weights_TS = scores_TE.gather(1, experts_TS)
         if self.config.norm_topk_prob:
             weights_TS = weights_TS / (weights_TS.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts_TS, weights_TS * self.scaling, scores_TE)
 
-    def _choose(self, scores_TE: Tensor) -> Tensor:
+    def choose(self, scores_TE: Tensor) -> Tensor:
+        """The experts [T, S] with the largest scores plus bias."""
         if self.config.n_group == 1 and chooses_in_c(scores_TE):
             return choose_experts(scores_TE, self.e_score_correction_bias, self.choices)
         scores_TE = scores_TE + self.e_score_correction_bias
