@@ -63,7 +63,13 @@ def test_the_optimizer_uses_it() -> None:
 
 
 def test_not_served() -> None:
-    assert serves_newton_schulz(torch.ones(1, 4, 6, dtype=torch.bfloat16))
-    assert not serves_newton_schulz(torch.ones(1, 4, 7, dtype=torch.bfloat16))
-    assert not serves_newton_schulz(torch.ones(1, 5, 6, dtype=torch.bfloat16))
-    assert not serves_newton_schulz(torch.ones(1, 4, 6))
+    memory = torch.ones(60, dtype=torch.bfloat16)
+    assert serves_newton_schulz(memory, [(1, 4, 6), (3, 2, 2)])
+    assert not serves_newton_schulz(memory, [(1, 4, 6), (1, 4, 7)])
+    assert not serves_newton_schulz(memory, [(1, 5, 6)])
+    assert not serves_newton_schulz(memory.float(), [(1, 4, 6)])
+
+
+def test_odd_sides_are_left_to_torch() -> None:
+    matrices, scheme = torch.randn(2, 7, 20, generator=torch.Generator().manual_seed(0)), SCHEMES["moonlight"]
+    assert error(orthogonalize(matrices, scheme), in_torch(matrices, scheme, torch.float64)) < 0.08

@@ -50,25 +50,30 @@ def orthogonalize(matrices: Tensor, scheme: Scheme, dtype: torch.dtype = torch.b
 class Workspace:
     """Memory to orthogonalise batches in, again and again.
 
-    It is kept because fresh memory for every product costs a CPU about a sixth of the time: its pages are cleared.
+    It is kept because fresh memory for every product costs a CPU about a sixth of the time: its pages are cleared. In C
+    matrices need no more than themselves.
     A tall matrix is not transposed: its Gram matrix is X^T X, and the products come from the right.
     """
 
     def __init__(self, chunks: Iterable[Shape], dtype: torch.dtype, device: torch.device) -> None:
         """Take the shapes `(N, R, C)` that will come."""
+        chunks = list(chunks)
         values, squares = (max(sizes) for sizes in zip(*(_sizes(shape) for shape in chunks), strict=True))
-        self._pair = torch.empty(2, values, dtype=dtype, device=device)
-        self._four = torch.empty(4, squares, dtype=dtype, device=device)
+        self._x_NRC = torch.empty(values, dtype=dtype, device=device)
+        self._in_c = runs_in_c(self._x_NRC) and cpu.serves_newton_schulz(self._x_NRC, chunks)
+        self._pair = [self._x_NRC] if self._in_c else [self._x_NRC, torch.empty_like(self._x_NRC)]
+        self._four = torch.empty(4, 0 if self._in_c else squares, dtype=dtype, device=device)
         self._tall = False
-        self._x_NRC = self._y_NRC = self._pair[0]
 
     def input(self, count: int, rows: int, columns: int) -> Tensor:
         """Where to write the next matrices, `[N, R, C]`."""
         side = min(rows, columns)
         self._tall = rows > columns
         values, squares = _sizes((count, rows, columns))
-        self._x_NRC, self._y_NRC = (flat[:values].view(count, rows, columns) for flat in self._pair)
-        self._squares = [flat[:squares].view(count, side, side) for flat in self._four]
+        self._x_NRC, *others = (flat[:values].view(count, rows, columns) for flat in self._pair)
+        if not self._in_c:
+            (self._y_NRC,) = others
+            self._squares = [flat[:squares].view(count, side, side) for flat in self._four]
         return self._x_NRC
 
     def orthogonalize(self, scheme: Scheme) -> Tensor:
@@ -76,7 +81,7 @@ class Workspace:
         if kernels := kernels_for(self._x_NRC):
             return cast(Tensor, kernels.newton_schulz(self._x_NRC, scheme))
         runs = scheme.runs_for(*sorted(self._x_NRC.shape[1:]))
-        if runs_in_c(self._x_NRC) and cpu.serves_newton_schulz(self._x_NRC):
+        if self._in_c:
             return cpu.newton_schulz(self._x_NRC, runs, tight=scheme.tight)
         first, *others = runs
         self._normalize(self._gram(), scheme.tight)

@@ -201,7 +201,10 @@ def _matrices(model: ModelConfig, dense: bool) -> Counter[tuple[int, int]]:
 
 
 def _workspace(config: PretrainConfig, layout: Layout, stage: int, device: str) -> float:
-    """What Newton-Schulz works in (`k2.optim.newton_schulz`): as many matrices of a shape as it takes at once."""
+    """What Newton-Schulz works in (`k2.optim.newton_schulz`): as many matrices of a shape as it takes at once.
+
+    On a GPU there are also products of them; in C those are a thread's own.
+    """
     layers = layers_of_rank(config.model, layout, stage)
     dense = sum(layer < config.model.first_k_dense_replace for layer in layers)
     shapes: Counter[tuple[int, int]] = Counter()
@@ -212,7 +215,7 @@ def _workspace(config: PretrainConfig, layout: Layout, stage: int, device: str) 
         room = NEWTON_SCHULZ_BYTES[device] // (rows * columns * item)
         count = max(1, min(room, number // layout.data_parallel))
         values, squares = max(values, count * rows * columns), max(squares, count * min(rows, columns) ** 2)
-    return float(2 * item * values + 4 * item * squares)
+    return float(item * (values if device == "cpu" and item == 2 else 2 * values + 4 * squares))
 
 
 def _communication(config: PretrainConfig, layout: Layout, routed: float, rest: float) -> float:

@@ -3,6 +3,7 @@
 Letters in shapes: M matrices, R rows, C columns.
 """
 
+from collections.abc import Iterable
 from functools import cache
 from itertools import chain
 
@@ -17,9 +18,9 @@ Runs = tuple[tuple[tuple[float, float, float], ...], ...]
 """Runs of one or two iterations, each the polynomial a, b, c of X <- aX + b(XX^T)X + c(XX^T)^2 X; the first has one."""
 
 
-def serves_newton_schulz(x_MRC: Tensor) -> bool:
-    """Whether `newton_schulz` takes these; pairs of values are multiplied at once, so that sides are even."""
-    return x_MRC.shape[1] % 2 == x_MRC.shape[2] % 2 == 0 and serves(x_MRC) and has_gemm()
+def serves_newton_schulz(memory: Tensor, shapes: Iterable[tuple[int, int, int]]) -> bool:
+    """Whether `newton_schulz` takes these shapes there; pairs of values are multiplied at once: sides are even."""
+    return all(side % 2 == 0 for shape in shapes for side in shape[1:]) and serves(memory) and has_gemm()
 
 
 def newton_schulz(x_MRC: Tensor, runs: Runs, *, tight: bool) -> Tensor:
