@@ -1,7 +1,10 @@
 """The S3 client against a real server, and against one that misbehaves."""
 
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,6 +26,31 @@ def test_conditional_writes(store: Store) -> None:
     with pytest.raises(ConflictError):
         store.put("a", b"3", if_match=first)
     assert store.get_tagged("a") == (b"2", second)
+
+
+DIES_AFTER_HEADERS = """
+import os, sys
+from http.client import HTTPConnection
+from k2.store.client import Store
+
+send, store = HTTPConnection.send, Store.from_environment()
+
+def once(connection, data):
+    send(connection, data)
+    os._exit(9)
+
+HTTPConnection.send = once
+store.put("pointer", b"what the object is to hold", if_match=sys.argv[1] or None, if_none_match=not sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("before", [None, b"what it holds"], ids=["a new object", "an object that is replaced"])
+def test_a_put_killed_between_headers_and_body_changes_nothing(store: Store, before: bytes | None) -> None:
+    etag = "" if before is None else store.put("pointer", before)
+    killed = subprocess.run([sys.executable, "-c", DIES_AFTER_HEADERS, etag], check=False)
+    time.sleep(0.3)  # until the server has noticed
+    assert killed.returncode == 9
+    assert store.get("pointer") == before
 
 
 def test_what_is_not_there(store: Store) -> None:

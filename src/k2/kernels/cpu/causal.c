@@ -29,12 +29,7 @@ static long starts(sizes s, long *start) {
         2 * QUERIES * even, QUERIES * even, 2 * QUERIES * even, QUERIES * even, QUERIES * s.values,
         QUERIES * long_panels, QUERIES * padded(widest, PANEL), 2 * s.length * s.width, 2 * s.length * s.values,
     };
-    long end = 0;
-    for (int part = 0; part < PARTS; part++) {
-        start[part] = end;
-        end += padded(size[part], 64);
-    }
-    return end;
+    return in_a_row(size, PARTS, start);
 }
 
 long causal_scratch(long length, long width, long values) {

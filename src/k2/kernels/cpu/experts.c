@@ -23,12 +23,7 @@ static long starts(long rows, long hidden, long inner, long *start) {
         rows * inner, rows * inner, rows * 2 * inner, rows * 2 * inner,
         even * (wide > middle ? wide : middle), even * (wide > narrow ? wide : narrow), wide * middle,
     };
-    long end = 0;
-    for (int part = 0; part < PARTS; part++) {
-        start[part] = end;
-        end += padded(size[part], 64);
-    }
-    return end;
+    return in_a_row(size, PARTS, start);
 }
 
 long experts_scratch(long rows, long hidden, long inner) {

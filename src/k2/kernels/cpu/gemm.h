@@ -53,6 +53,16 @@ enum { NARROW, WIDE, ADDED };
 
 static inline long padded(long count, long multiple) { return (count + multiple - 1) / multiple * multiple; }
 
+// Where parts of so many values of two bytes start, one after the other on cache lines of their own, and where they end.
+static inline long in_a_row(const long *sizes, int parts, long *starts) {
+    long end = 0;
+    for (int part = 0; part < parts; part++) {
+        starts[part] = end;
+        end += padded(sizes[part], LINE / 2);
+    }
+    return end;
+}
+
 INLINE __mmask16 lanes_below(long count) { return count >= LANES ? 0xffff : (1u << lesser(count, LANES)) - 1; }
 
 static inline const void *row_of(matrix m, long row) {
