@@ -176,7 +176,7 @@ class Store:
         Raises:
             ConflictError: `if_none_match` and it exists, or `if_match` and its ETag differs.
         """
-        # A writer killed between headers and body leaves no empty object: SeaweedFS takes one that fits its digest only.
+        # Killed between headers and body, a writer leaves no empty object: SeaweedFS takes what fits its digest only.
         digest = hashlib.md5(data, usedforsecurity=False).digest()
         headers: dict[str, Any] = {"Content-MD5": base64.b64encode(digest).decode()}
         headers |= {"If-None-Match": "*"} if if_none_match else {}
