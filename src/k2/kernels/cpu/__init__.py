@@ -72,6 +72,15 @@ def _run(name: str, *arguments: Tensor | int | float | None) -> None:
     _kernels()[name](*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
 
 
+def scratch(name: str, *sizes: int) -> Tensor:
+    """Memory [threads, values] of a kernel; its function `name` says how many bfloat16 values a thread needs."""
+    kernels = library()
+    assert kernels is not None  # for the type: whoever calls has asked `serves`
+    needed: Any = getattr(kernels, name)
+    needed.argtypes, needed.restype = [ctypes.c_long] * len(sizes), ctypes.c_long
+    return torch.empty(torch.get_num_threads(), needed(*sizes), dtype=torch.bfloat16)
+
+
 def _dense(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 

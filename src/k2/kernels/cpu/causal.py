@@ -8,8 +8,7 @@ Letters in shapes: B batch, H heads, L length, X query and key width, V value wi
 import torch
 from torch import Tensor
 
-from k2.kernels.cpu import _run, serves
-from k2.kernels.cpu.build import library
+from k2.kernels.cpu import _run, scratch, serves
 from k2.kernels.cpu.gemm import has_gemm
 
 
@@ -52,8 +51,6 @@ def causal_attention_backward(
 
 def _scratch(q_BHLX: Tensor, v_BHLV: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Memory of all threads, and the sizes that both kernels take."""
-    (batch, number, length, width), values, threads = q_BHLX.shape, v_BHLV.shape[-1], torch.get_num_threads()
-    kernels = library()
-    assert kernels is not None  # for the type: `serves_attention` has said so
-    memory = torch.empty(threads, kernels.causal_scratch(length, width, values), dtype=torch.bfloat16)
-    return memory, (batch, number, length, width, values, threads)
+    (batch, number, length, width), values = q_BHLX.shape, v_BHLV.shape[-1]
+    memory = scratch("causal_scratch", length, width, values)
+    return memory, (batch, number, length, width, values, len(memory))

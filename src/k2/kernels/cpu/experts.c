@@ -75,16 +75,17 @@ typedef struct {
 } tables;
 
 static matrix up_of(tables t, long expert) {
-    return below((matrix){t.up, t.hidden, t.wide, NULL}, lesser(expert, t.experts - 1) * 2 * t.inner);
+    return below((matrix){t.up, t.hidden, t.wide, NULL}, expert * 2 * t.inner);
 }
 
 static matrix down_of(tables t, long expert) {
-    return below((matrix){t.down, t.inner, t.wide, NULL}, lesser(expert, t.experts - 1) * t.hidden);
+    return below((matrix){t.down, t.inner, t.wide, NULL}, expert * t.hidden);
 }
 
-static next up_soon(tables t, long expert) { return all_of(up_of(t, expert), 2 * t.inner); }
+// Of an expert, or of the last one if there are fewer.
+static next up_soon(tables t, long expert) { return all_of(up_of(t, lesser(expert, t.experts - 1)), 2 * t.inner); }
 
-static next down_soon(tables t, long expert) { return all_of(down_of(t, expert), t.hidden); }
+static next down_soon(tables t, long expert) { return all_of(down_of(t, lesser(expert, t.experts - 1)), t.hidden); }
 
 // `memory` is enough for so many threads, whatever OpenMP would start.
 //

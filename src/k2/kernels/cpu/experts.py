@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from k2.kernels.cpu import _run, spare
-from k2.kernels.cpu.build import library
+from k2.kernels.cpu import _run, scratch, spare
 
 
 class ExpertRows(NamedTuple):
@@ -54,9 +53,5 @@ def _scratch(rows: ExpertRows, down_EDF: Tensor) -> tuple[Tensor, tuple[int, ...
     """Memory of all threads, and the sizes that both kernels take."""
     experts, hidden, inner = down_EDF.shape
     most_rows = int(rows.offsets.diff().max())
-    kernels = library()
-    assert kernels is not None  # for the type: `serves_gemm` has said so
-    size = kernels.experts_scratch(most_rows, hidden, inner)
-    threads = torch.get_num_threads()
-    memory = torch.empty(threads, size, dtype=torch.bfloat16)
-    return memory, (experts, most_rows, hidden, inner, int(down_EDF.dtype == torch.float32), threads)
+    memory = scratch("experts_scratch", most_rows, hidden, inner)
+    return memory, (experts, most_rows, hidden, inner, int(down_EDF.dtype == torch.float32), len(memory))

@@ -140,9 +140,10 @@ static void panels_of_columns(matrix m, long rows, long first, long columns, pai
         }
 }
 
-// `rows` x `vectors` LANES sums over `pairs`, `stride` apart in each row of the left factor, into `out`, whose row has `columns` left and `width` in all.
-INLINE void tile(const pair *const *a, long stride, const pair *b, long pairs, void *out, int form, long width, long columns, const char *line,
-                 long step, const int rows, const int vectors) {
+// `rows` x `vectors` LANES sums over `pairs`, `stride` apart in each row of the left factor, into `out`, whose row has
+// `columns` left and `width` in all.
+INLINE void tile(const pair *const *a, long stride, const pair *b, long pairs, void *out, int form, long width,
+                 long columns, const char *line, long step, const int rows, const int vectors) {
     __m512 sums[TILE][VECTORS];
 #pragma GCC unroll 6
     for (int r = 0; r < rows; r++)
@@ -185,8 +186,8 @@ INLINE void tile(const pair *const *a, long stride, const pair *b, long pairs, v
         break;
 
 // As `tile`, for any number of rows up to TILE and of vectors up to VECTORS.
-INLINE void any_tile(const pair *const *a, long stride, const pair *b, long pairs, void *out, int form, long width, long columns, const char *line,
-                     long step, long rows) {
+INLINE void any_tile(const pair *const *a, long stride, const pair *b, long pairs, void *out, int form, long width,
+                     long columns, const char *line, long step, long rows) {
     long vectors = lesser(VECTORS, (columns + LANES - 1) / LANES);
     switch (rows) { TILE_OF(1) TILE_OF(2) TILE_OF(3) TILE_OF(4) TILE_OF(5) TILE_OF(6) }
 }

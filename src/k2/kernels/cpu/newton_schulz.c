@@ -13,6 +13,7 @@
 #define EPS 1e-7f  // smallest norm that is divided by, as in k2.optim.newton_schulz
 
 enum { GRAM, FIRST, SECOND, OUT, SQUARES };
+enum { SUMS = SQUARES, PACKED, PARTS };
 
 // A matrix and what one thread works with: float32 sums, a packed factor, and polynomials of the Gram matrix [S, S].
 typedef struct {
@@ -23,18 +24,25 @@ typedef struct {
     bf16 *square[SQUARES];
 } work;
 
-// Values of two bytes that a thread needs.
-long newton_schulz_scratch(long side, long length) {
-    long factor = padded(side, PANEL) * length, other = side * padded(length, PANEL);
-    return padded(2 * side * length, 64) + padded(factor > other ? factor : other, 64) + SQUARES * padded(side * side, 64);
+// Where each part starts in a thread's memory, in values of two bytes, and where the last one ends.
+static long starts(long side, long length, long *start) {
+    long square = side * side, factor = padded(side, PANEL) * length, other = side * padded(length, PANEL);
+    long size[PARTS] = {square, square, square, square, 2 * side * length, factor > other ? factor : other};
+    return in_a_row(size, PARTS, start);
 }
 
-static work work_in(bf16 *memory, long side, long length, long tall) {
+long newton_schulz_scratch(long side, long length) {
+    long start[PARTS];
+    return starts(side, length, start);
+}
+
+static work own_work(bf16 *memory, long side, long length, long tall) {
+    long start[PARTS], size = starts(side, length, start);
+    bf16 *mine = memory + omp_get_thread_num() * size;
     work w = {.side = side, .length = length, .tall = tall};
-    bf16 *end = memory + newton_schulz_scratch(side, length);
-    w.sums = (float *)memory;
-    w.packed = (pair *)(memory + padded(2 * side * length, 64));
-    for (int i = 0; i < SQUARES; i++) w.square[i] = end - (i + 1) * padded(side * side, 64);
+    w.sums = (float *)(mine + start[SUMS]);
+    w.packed = (pair *)(mine + start[PACKED]);
+    for (int i = 0; i < SQUARES; i++) w.square[i] = mine + start[i];
     return w;
 }
 
@@ -154,7 +162,7 @@ void newton_schulz(bf16 *x, const float *polynomials, const int64_t *lengths, bf
                    long length, long tall, long runs, long tight, long threads) {
 #pragma omp parallel num_threads(threads)
     {
-        work w = work_in(memory + omp_get_thread_num() * newton_schulz_scratch(side, length), side, length, tall);
+        work w = own_work(memory, side, length, tall);
 #pragma omp for schedule(static)
         for (long m = 0; m < matrices; m++) {
             const float *next = polynomials;

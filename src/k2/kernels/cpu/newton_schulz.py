@@ -10,8 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from k2.kernels.cpu import _run, serves
-from k2.kernels.cpu.build import library
+from k2.kernels.cpu import _run, scratch, serves
 from k2.kernels.cpu.gemm import has_gemm
 
 Runs = tuple[tuple[tuple[float, float, float], ...], ...]
@@ -26,11 +25,9 @@ def serves_newton_schulz(memory: Tensor, shapes: Iterable[tuple[int, int, int]])
 def newton_schulz(x_MRC: Tensor, runs: Runs, *, tight: bool) -> Tensor:
     """Orthogonalise in place, after a division by the Frobenius norm, or by the Schatten 8-norm if `tight`."""
     matrices, rows, columns = x_MRC.shape
-    side, length, threads = min(rows, columns), max(rows, columns), torch.get_num_threads()
-    kernels = library()
-    assert kernels is not None  # for the type: `serves_newton_schulz` has said so
-    memory = torch.empty(threads, kernels.newton_schulz_scratch(side, length), dtype=torch.bfloat16)
-    sizes = matrices, side, length, rows > columns, len(runs), tight, threads
+    side, length = min(rows, columns), max(rows, columns)
+    memory = scratch("newton_schulz_scratch", side, length)
+    sizes = matrices, side, length, rows > columns, len(runs), tight, len(memory)
     _run("newton_schulz", x_MRC, *_tables(runs), memory, *sizes)
     return x_MRC
 
