@@ -126,7 +126,6 @@ def test_nan_and_infinity_are_not_hidden(kernels: None) -> None:
 def test_heads(kernels: None, rows: int) -> None:
     """Against the torch path: data moves, and pairs turn."""
     from k2.model.mla import _Heads
-    from k2.model.rope import turns
 
     angles = torch.rand(rows, 7, 1, 4) * 6
     inputs = [bf16(2, 7, 3, 20, seed=1), bf16(2, 7, 3, 12 + 5, seed=2), bf16(2, 7, 8, seed=3)]
@@ -134,7 +133,7 @@ def test_heads(kernels: None, rows: int) -> None:
     for choice in ("auto", "torch"):
         use_kernels(choice)  # type: ignore[arg-type]
         leaves = [x.clone().requires_grad_() for x in inputs]
-        made = _Heads.apply(*leaves, turns(angles.cos(), angles.sin()))  # type: ignore[no-untyped-call]
+        made = _Heads.apply(*leaves, torch.complex(angles.cos(), angles.sin()))  # type: ignore[no-untyped-call]
         grads = torch.autograd.grad(made, leaves, [bf16(*x.shape, seed=4) for x in made])
         outcomes.append([*made, *grads])
     for found, expected in zip(*outcomes, strict=True):

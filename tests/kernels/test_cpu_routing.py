@@ -49,5 +49,5 @@ def test_rows_are_ordered_by_expert(tokens: int, experts: int, choices: int) -> 
 
 
 def _parts(blocks: Blocks) -> list[object]:
-    tensors: tuple[Tensor, ...] = (blocks.slots_TS, blocks.source_N, blocks.tokens_N)
-    return [*(tensor.tolist() for tensor in tensors), blocks.counts]
+    tensors: tuple[Tensor, ...] = (blocks.slots_TS, blocks.source_N, blocks.tokens_N, blocks.offsets)
+    return [tensor.tolist() for tensor in tensors]

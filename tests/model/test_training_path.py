@@ -44,7 +44,7 @@ def test_rotation_equals_its_formula() -> None:
     angles = normal(2, 3, 1, 3, seed=1).detach()
     cos, sin = angles.cos(), angles.sin()
     even, odd = x[..., 0::2], x[..., 1::2]
-    agree(rotate(x, cos, sin), torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1), [x])
+    agree(rotate(x, torch.complex(cos, sin)), torch.cat([even * cos - odd * sin, odd * cos + even * sin], -1), [x])
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -21,8 +21,8 @@ def logits_and_values(model: Transformer, layer: str, x_BLD: Tensor) -> tuple[Te
     config = model.config
     context = attention_context(config, x_BLD[..., 0], x_BLD.dtype)
     content, rotary = attention.queries(attention.query_latents(x_BLD)).tensor_split([config.qk_nope_head_dim], dim=-1)
-    rotary = rotate(rotary, context.cos_BLR[:, :, None], context.sin_BLR[:, :, None])
-    latent, key = attention.latents(x_BLD, context.cos_BLR, context.sin_BLR)
+    rotary = rotate(rotary, context.turn_BLR[:, :, None])
+    latent, key = attention.latents(x_BLD, context.turn_BLR)
     kv = attention.kv_b_proj(latent).unflatten(-1, (config.num_attention_heads, -1))
     keys, values = kv.split([config.qk_nope_head_dim, config.v_head_dim], dim=-1)
     logits = torch.einsum("bihx,bjhx->bhij", content, keys) + torch.einsum("bihr,bjr->bhij", rotary, key)

@@ -140,7 +140,7 @@ class ExpertParallel:
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Callable[[], Tensor]:
         """Send tokens to their experts' ranks; the result computes what arrived here and sends it back."""
         blocks = arrange(routing.experts_TS, routing.scores_TE.shape[1])
-        sent_PE = torch.tensor(blocks.counts, device=x_TD.device).view(self._group.size(), -1)
+        sent_PE = blocks.offsets.diff().view(self._group.size(), -1)
         received_PE = torch.empty_like(sent_PE)
         with collective("numbers of tokens", [sent_PE]):
             dist.all_to_all_single(received_PE, sent_PE, group=self._group)

@@ -26,14 +26,13 @@ QUERY_BLOCK = 128  # queries that share one set of keys; what lies above the dia
 class AttentionContext:
     """What all layers of one forward pass share.
 
-    cos_BLR, sin_BLR: rotary tables, [B or 1, L, R/2].
+    turn_BLR: rotation of every position, [B or 1, L, R/2] complex.
     bias_BLL: 0 where a query may look, -inf where not; None when a token sees all earlier ones.
     keep_BL: real tokens, or None when all are.
     packing: both for the kernels, which need no mask; None when torch attends.
     """
 
-    cos_BLR: Tensor
-    sin_BLR: Tensor
+    turn_BLR: Tensor
     bias_BLL: Tensor | None
     keep_BL: Tensor | None
     packing: Any = None

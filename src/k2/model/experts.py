@@ -27,26 +27,25 @@ GROUP_ROWS = 256  # experts pass through the layer together until they have so m
 class Blocks:
     """Rows ordered by expert: `slots_TS` is the row of each (token, choice), `source_N` the pair of each row.
 
-    `tokens_N` is the token of each row; expert e has `counts[e]` rows.
+    `tokens_N` is the token of each row; expert e has the rows `offsets[e]` to `offsets[e + 1]`.
     """
 
     slots_TS: Tensor
     source_N: Tensor
     tokens_N: Tensor
-    counts: list[int]
+    offsets: Tensor
 
 
 def arrange(experts_TS: Tensor, count: int) -> Blocks:
     """Order (token, choice) pairs by expert, pairs of one expert in token order."""
     if orders_in_c(experts_TS):
-        slots_TS, pairs_N, tokens_N, offsets = order_by_expert(experts_TS, count)
-        return Blocks(slots_TS, pairs_N, tokens_N, offsets.diff().tolist())
+        return Blocks(*order_by_expert(experts_TS, count))
     chosen = experts_TS.flatten()
     order = chosen.argsort(stable=True)
     slots = torch.empty_like(order)
     slots[order] = torch.arange(len(order), device=order.device)
-    counts = torch.bincount(chosen, minlength=count).tolist()
-    return Blocks(slots.view_as(experts_TS), order, order // experts_TS.shape[1], counts)
+    offsets = F.pad(torch.bincount(chosen, minlength=count).cumsum(0), (1, 0))
+    return Blocks(slots.view_as(experts_TS), order, order // experts_TS.shape[1], offsets)
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -60,11 +59,10 @@ class _RoutedExperts(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, weights_TS: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, blocks: Blocks, keep: Keep
     ) -> Tensor:
-        offsets = torch.tensor([0, *blocks.counts]).cumsum(0)
-        rows = ExpertRows(blocks.tokens_N, weights_TS.flatten()[blocks.source_N], offsets)
-        ctx.in_c = runs_in_c(x_TD) and serves_gemm(x_TD, gate_up_EGD, down_EDF)
+        rows = ExpertRows(blocks.tokens_N, weights_TS.flatten().index_select(0, blocks.source_N), blocks.offsets)
+        ctx.in_c = runs_in_c(x_TD) and serves_gemm(gate_up_EGD, down_EDF)
         gate_up_NG, output_ND = (experts_forward if ctx.in_c else _forward)(x_TD, rows, gate_up_EGD, down_EDF)
-        ctx.offsets, ctx.slots_TS = offsets, blocks.slots_TS
+        ctx.offsets, ctx.slots_TS = blocks.offsets, blocks.slots_TS
         ctx.save_for_backward(x_TD, rows.tokens_N, rows.scale_N, gate_up_EGD, down_EDF, keep(gate_up_NG))
         return F.embedding_bag(blocks.slots_TS, output_ND, mode="sum")
 
@@ -76,7 +74,8 @@ class _RoutedExperts(torch.autograd.Function):
         backward = experts_backward if ctx.in_c else _backward
         grad_ND, grad_scale_N, *grads = backward(grad_TD, x_TD, rows, gate_up_EGD, down_EDF, kept_NG)
         grad_x_TD = F.embedding_bag(ctx.slots_TS, grad_ND, mode="sum")
-        return grad_x_TD, grad_scale_N[ctx.slots_TS], *grads, None, None
+        grad_weights_TS = grad_scale_N.index_select(0, ctx.slots_TS.flatten()).view_as(ctx.slots_TS)
+        return grad_x_TD, grad_weights_TS, *grads, None, None
 
 
 def routed_experts(

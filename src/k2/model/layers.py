@@ -21,6 +21,11 @@ from k2.model.projection import outer, project, project_back
 BLOCK_VALUES = 2**17  # values an activation widens to float32 at once: 512 KiB stay in a core's own cache
 
 
+def _rows(x: Tensor) -> Tensor:
+    """[..., D] as [N, D]; inside of an operation, where autograd does not see it."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def upcast(x: Tensor) -> Tensor:
     """At least float32: the precision of norms, router and losses."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -30,15 +35,15 @@ class _Projection(torch.autograd.Function):
     """One node instead of a chain of casts, views and products."""
 
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-        ctx.save_for_backward(x_NI, weight_OI)
-        return project(x_NI, weight_OI)
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        return project(_rows(x), weight_OI).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, Tensor]:
-        x_NI, weight_OI = ctx.saved_tensors
-        return project_back(grad_NO, weight_OI), outer(grad_NO, x_NI, weight_OI.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (x, weight_OI), grad_NO = ctx.saved_tensors, _rows(grad)
+        return project_back(grad_NO, weight_OI).view(x.shape), outer(grad_NO, _rows(x), weight_OI.dtype)
 
 
 class Linear(nn.Module):
@@ -50,8 +55,8 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in the precision of `x`."""
-        result: Tensor = _Projection.apply(x.flatten(0, -2), self.weight)  # type: ignore[no-untyped-call]
-        return result.view(*x.shape[:-1], -1)
+        result: Tensor = _Projection.apply(x, self.weight)  # type: ignore[no-untyped-call]
+        return result
 
 
 def _blocks(*rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -64,16 +69,18 @@ class _RMSNorm(torch.autograd.Function):
     """Keeps its input and one number a row."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        output, scale_N1 = (cpu.rms_norm if runs_in_c(x_ND) else _rms_norm)(x_ND, weight_D, eps)
-        ctx.save_for_backward(x_ND, weight_D, scale_N1)
-        return output
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        out_ND, scale_N1 = (cpu.rms_norm if runs_in_c(x) else _rms_norm)(_rows(x), weight_D, eps)
+        ctx.save_for_backward(x, weight_D, scale_N1)
+        return out_ND.view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, None]:
-        backward = cpu.rms_norm_backward if runs_in_c(grad_ND) else _rms_norm_backward
-        return *backward(grad_ND, *ctx.saved_tensors), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight_D, scale_N1 = ctx.saved_tensors
+        backward = cpu.rms_norm_backward if runs_in_c(grad) else _rms_norm_backward
+        grad_ND, grad_weight_D = backward(_rows(grad), _rows(x), weight_D, scale_N1)
+        return grad_ND.view(x.shape), grad_weight_D, None
 
 
 def _rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -114,8 +121,8 @@ class RMSNorm(nn.Module):
     def _normed(self, x: Tensor) -> Tensor:
         if kernels := kernels_for(x):
             return cast(Tensor, kernels.rms_norm(x, self.weight, self.eps))
-        result: Tensor = _RMSNorm.apply(x.flatten(0, -2), upcast(self.weight), self.eps)  # type: ignore[no-untyped-call]
-        return result.view(x.shape)
+        result: Tensor = _RMSNorm.apply(x, upcast(self.weight), self.eps)  # type: ignore[no-untyped-call]
+        return result
 
 
 def gated(gate_up_NG: Tensor, scale_N: Tensor) -> Tensor:
@@ -157,20 +164,21 @@ class _GatedMLP(torch.autograd.Function):
     """Keeps its input and what `keep` leaves of the fused gate and up; the rest is computed again."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, gate_up_GD: Tensor, down_DF: Tensor, keep: Keep) -> Tensor:
-        gate_up_NG = project(x_ND, gate_up_GD)
-        ones_N = torch.ones(len(x_ND), dtype=upcast(x_ND[:0]).dtype, device=x_ND.device)
-        ctx.save_for_backward(x_ND, gate_up_GD, down_DF, ones_N, keep(gate_up_NG))
-        return project(gated(gate_up_NG, ones_N), down_DF)
+    def forward(ctx: Any, x: Tensor, gate_up_GD: Tensor, down_DF: Tensor, keep: Keep) -> Tensor:
+        gate_up_NG = project(_rows(x), gate_up_GD)
+        ones_N = torch.ones(len(gate_up_NG), dtype=upcast(x[:0]).dtype, device=x.device)
+        ctx.save_for_backward(x, gate_up_GD, down_DF, ones_N, keep(gate_up_NG))
+        return project(gated(gate_up_NG, ones_N), down_DF).view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x_ND, gate_up_GD, down_DF, ones_N, kept_NG = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, gate_up_GD, down_DF, ones_N, kept_NG = ctx.saved_tensors
+        x_ND, grad_ND = _rows(x), _rows(grad)
         gate_up_NG = project(x_ND, gate_up_GD) if kept_NG is None else kept_NG
         grad_NG, _, inner_NF = gated_backward(project_back(grad_ND, down_DF), gate_up_NG, ones_N)
         grad_gate_up, grad_down = outer(grad_NG, x_ND, gate_up_GD.dtype), outer(grad_ND, inner_NF, down_DF.dtype)
-        return project_back(grad_NG, gate_up_GD), grad_gate_up, grad_down, None
+        return project_back(grad_NG, gate_up_GD).view(x.shape), grad_gate_up, grad_down, None
 
 
 class GatedMLP(nn.Module):
@@ -185,5 +193,5 @@ class GatedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         weights = self.gate_up_proj.weight, self.down_proj.weight
-        result: Tensor = _GatedMLP.apply(x.flatten(0, -2), *weights, self.keep_gate_up)  # type: ignore[no-untyped-call]
-        return result.view_as(x)
+        result: Tensor = _GatedMLP.apply(x, *weights, self.keep_gate_up)  # type: ignore[no-untyped-call]
+        return result

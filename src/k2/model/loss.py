@@ -26,7 +26,7 @@ def _surplus(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> tuple[T
 
     One exponential per logit: the largest probability is one over the softmax's denominator.
     """
-    if runs_in_c(hidden_TD) and gemm.serves_gemm(hidden_TD, weight_VD):
+    if runs_in_c(hidden_TD) and gemm.serves_gemm(weight_VD):
         return gemm.log_probabilities(hidden_TD, weight_VD, targets_T)
     weight_VD = weight_VD.to(hidden_TD.dtype)
     surplus_TV = hidden_TD.new_empty(len(hidden_TD), len(weight_VD))
@@ -71,8 +71,8 @@ class _TokenLogProbs(torch.autograd.Function):
         for hidden, targets, scale, out in _split(ctx.rows, hidden_TD, targets_T, -grad_T[:, None], grad_hidden):
             surplus = kept[0] if kept else _surplus(hidden, weight_VD, targets)[1]
             # The upstream gradient scales whole rows, so it is multiplied to the narrow side of both products.
-            out.copy_(project_back(surplus, weight_VD) * scale)
-            term = outer(surplus, (hidden * scale).to(hidden.dtype), weight_VD.dtype)
+            torch.mul(project_back(surplus, weight_VD), scale, out=out)
+            term = outer(surplus, torch.mul(hidden, scale, out=torch.empty_like(hidden)), weight_VD.dtype)
             del surplus  # before the next rows'
             grad_weight = term if grad_weight is None else upcast(grad_weight).add_(term)
         assert grad_weight is not None  # for the type: there is at least one token

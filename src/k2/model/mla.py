@@ -16,8 +16,8 @@ from k2.kernels import cpu
 from k2.model.activations import Call, Keep, keep_it, plain_call
 from k2.model.attention import AttentionContext, attend
 from k2.model.backend import kernels_for, runs_in_c
-from k2.model.layers import Linear, RMSNorm, upcast
-from k2.model.rope import rotary_tables, rotate, softmax_scale, turned, turned_back, turns
+from k2.model.layers import Linear, RMSNorm
+from k2.model.rope import rotate, rotations, softmax_scale, turned, turned_back
 
 LATENT_NORM_EPS = 1e-6  # fixed in the reference implementation, whatever rms_norm_eps says
 
@@ -38,19 +38,19 @@ def attention_context(
     length, device = tokens_BL.shape[1], tokens_BL.device
     if positions_BL is None:
         positions_BL = torch.arange(length, device=device)[None]
-    cos_BLR, sin_BLR = rotary_tables(config, positions_BL, dtype)
-    if kernels := kernels_for(cos_BLR):
-        return AttentionContext(cos_BLR, sin_BLR, None, keep_BL, kernels.packed(tokens_BL, documents_BL, keep_BL))
+    turn_BLR = rotations(config, positions_BL, dtype)
+    if kernels := kernels_for(torch.empty(0, dtype=dtype, device=device)):
+        return AttentionContext(turn_BLR, None, keep_BL, kernels.packed(tokens_BL, documents_BL, keep_BL))
     if documents_BL is None and keep_BL is None:
-        return AttentionContext(cos_BLR, sin_BLR, None, None)
+        return AttentionContext(turn_BLR, None, None)
     allowed = torch.ones(tokens_BL.shape[0], length, length, dtype=torch.bool, device=device).tril()
     if documents_BL is not None:
         allowed = allowed & (documents_BL[:, :, None] == documents_BL[:, None, :])
     if keep_BL is not None:
         itself = torch.eye(length, dtype=torch.bool, device=device)  # a padding row must see something
         allowed = allowed & (keep_BL[:, None, :] | itself)
-    bias_BLL = torch.zeros_like(allowed, dtype=upcast(cos_BLR[:0]).dtype).masked_fill_(~allowed, -torch.inf)
-    return AttentionContext(cos_BLR, sin_BLR, bias_BLL, keep_BL)
+    bias_BLL = torch.zeros_like(allowed, dtype=turn_BLR.real.dtype).masked_fill_(~allowed, -torch.inf)
+    return AttentionContext(turn_BLR, bias_BLL, keep_BL)
 
 
 class _Heads(torch.autograd.Function):
@@ -120,27 +120,27 @@ class LatentAttention(nn.Module):
     def _by_head(self, x_BLI: Tensor) -> Tensor:
         return x_BLI.view(*x_BLI.shape[:2], self.config.num_attention_heads, -1)
 
-    def latents(self, x_BLD: Tensor, cos_BLR: Tensor, sin_BLR: Tensor) -> tuple[Tensor, Tensor]:
+    def latents(self, x_BLD: Tensor, turn_BLR: Tensor) -> tuple[Tensor, Tensor]:
         """What a cache keeps: the normed latent [B, L, K] and the rotated shared key [B, L, R]."""
         latent, rotary = self.kv_a_proj_with_mqa(x_BLD).split(
             [self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1
         )
-        return self.kv_a_layernorm(latent), rotate(rotary, cos_BLR, sin_BLR)
+        return self.kv_a_layernorm(latent), rotate(rotary, turn_BLR)
 
     def forward(self, x_BLD: Tensor, context: AttentionContext) -> tuple[Tensor, Tensor]:
         """Attention output [B, L, D] and each head's largest logit [H]."""
-        return self.attend(x_BLD, *self.latents(x_BLD, context.cos_BLR, context.sin_BLR), context)
+        return self.attend(x_BLD, *self.latents(x_BLD, context.turn_BLR), context)
 
     def attend(
         self, x_BLD: Tensor, latent_BLK: Tensor, k_rotary_BLR: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Tensor]:
         """`forward` for latents that the caller has already computed, and perhaps kept."""
-        tables = context.cos_BLR[:, :, None], context.sin_BLR[:, :, None]
+        turn_BL1R = context.turn_BLR[:, :, None]
         if kernels := kernels_for(x_BLD):
-            parts = self.call(self._parts, self.query_latents(x_BLD), latent_BLK, *tables)
+            parts = self.call(self._parts, self.query_latents(x_BLD), latent_BLK, turn_BL1R)
             output_BLHV, max_H = kernels.attention(*parts, k_rotary_BLR, context.packing, self.scale)
         else:
-            q, k, v = self.call(self._heads, self.query_latents(x_BLD), latent_BLK, k_rotary_BLR, turns(*tables))
+            q, k, v = self.call(self._heads, self.query_latents(x_BLD), latent_BLK, k_rotary_BLR, turn_BL1R)
             output_BLHV, max_H = attend(q, k, v, self.scale, context, self.keep_probabilities)
         return self.o_proj(output_BLHV.flatten(2)), max_H
 
@@ -152,10 +152,8 @@ class LatentAttention(nn.Module):
         q, k, v = _Heads.apply(self.queries(q_latent_BLK), kv_BLHY, k_rotary_BLR, turn)  # type: ignore[no-untyped-call]
         return q, k, v
 
-    def _parts(
-        self, q_latent_BLK: Tensor, latent_BLK: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _parts(self, q_latent_BLK: Tensor, latent_BLK: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For the kernels: queries [B, L, H, X], their rotated rotary part, and keys and values side by side."""
         q_BLHX = self.queries(q_latent_BLK)
-        q_rotary = rotate(q_BLHX[..., self.config.qk_nope_head_dim :], cos, sin)
+        q_rotary = rotate(q_BLHX[..., self.config.qk_nope_head_dim :], turn)
         return q_BLHX, q_rotary, self._by_head(self.kv_b_proj(latent_BLK))

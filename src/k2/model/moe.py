@@ -14,9 +14,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from k2.config.model import ModelConfig
-from k2.kernels.cpu.routing import choose_experts
+from k2.kernels.cpu.routing import choose_experts, sparse_outer, sparse_project_back
 from k2.model.activations import Keep, keep_it
-from k2.model.backend import chooses_in_c, kernels_for
+from k2.model.backend import chooses_in_c, kernels_for, runs_in_c
 from k2.model.experts import arrange, routed_experts
 from k2.model.layers import GatedMLP, upcast
 from k2.model.layout import routed_scaling
@@ -48,9 +48,41 @@ class _RouterLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
-        x_TD, weight_ED = ctx.saved_tensors
-        grad_x_TD, grad_weight_ED = grad_TE @ upcast(weight_ED), grad_TE.T @ upcast(x_TD)
-        return grad_x_TD.to(x_TD.dtype), grad_weight_ED.to(weight_ED.dtype)
+        return _logits_backward(grad_TE, *ctx.saved_tensors)
+
+
+def _logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x_TD, grad_weight_ED = grad_TE @ upcast(weight_ED), grad_TE.T @ upcast(x_TD)
+    return grad_x_TD.to(x_TD.dtype), grad_weight_ED.to(weight_ED.dtype)
+
+
+class _Choice(torch.autograd.Function):
+    """Chosen experts, their scores and all scores; the gradient reaches the logits of chosen experts only, else all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_TD: Tensor, weight_ED: Tensor, choose: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores_TE = F.linear(upcast(x_TD), upcast(weight_ED)).sigmoid_()
+        experts_TS = choose(scores_TE)
+        chosen_TS = scores_TE.gather(1, experts_TS)
+        ctx.save_for_backward(x_TD, weight_ED, experts_TS, chosen_TS, scores_TE)
+        ctx.mark_non_differentiable(experts_TS)
+        ctx.set_materialize_grads(False)
+        return experts_TS, chosen_TS, scores_TE
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: None, grad_TS: Tensor, grad_TE: Tensor | None) -> tuple[Tensor, Tensor, None]:
+        x_TD, weight_ED, experts_TS, chosen_TS, scores_TE = ctx.saved_tensors
+        slopes_TS = torch.ops.aten.sigmoid_backward(grad_TS, chosen_TS)
+        if grad_TE is None and runs_in_c(x_TD):
+            grad_weight_ED = sparse_outer(slopes_TS, experts_TS, x_TD, len(weight_ED)).to(weight_ED.dtype)
+            return sparse_project_back(slopes_TS, experts_TS, weight_ED.float()), grad_weight_ED, None
+        slopes_TE = torch.zeros_like(scores_TE)
+        if grad_TE is not None:
+            slopes_TE = torch.ops.aten.sigmoid_backward(grad_TE, scores_TE)
+        return *_logits_backward(slopes_TE.scatter_add_(1, experts_TS, slopes_TS), x_TD, weight_ED), None
 
 
 class Router(nn.Module):
@@ -68,12 +100,10 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Choose S experts per token."""
-        logits_TE: Tensor = _RouterLogits.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
         if self.kernel_fits and (kernels := kernels_for(x_TD)):
+            logits_TE = _RouterLogits.apply(x_TD, self.weight)  # type: ignore[no-untyped-call]
             return Routing(*kernels.routed(logits_TE, self.e_score_correction_bias, self.choices, self.scaling))
-        scores_TE = logits_TE.sigmoid()
-        experts_TS = self.choose(scores_TE.detach())
-        weights_TS = scores_TE.gather(1, experts_TS)
+        experts_TS, weights_TS, scores_TE = _Choice.apply(x_TD, self.weight, self.choose)  # type: ignore[no-untyped-call]
         if self.config.norm_topk_prob:
             weights_TS = weights_TS / (weights_TS.sum(-1, keepdim=True) + 1e-20)
         return Routing(experts_TS, weights_TS * self.scaling, scores_TE)

@@ -34,4 +34,4 @@ def outer(a_NA: Tensor, b_NB: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _in_c(rows: Tensor, *weights: Tensor) -> bool:
-    return runs_in_c(rows) and gemm.serves_gemm(rows, *weights)
+    return runs_in_c(rows) and gemm.serves_gemm(*weights)

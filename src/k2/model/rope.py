@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from k2.config.model import ModelConfig, RopeScaling
+from k2.kernels import cpu
+from k2.model.backend import runs_in_c
 from k2.model.layers import upcast
 
 
@@ -85,21 +87,21 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, turn: Tensor) -> Tensor:
         ctx.save_for_backward(turn)
-        return turned(x, turn).to(x.dtype)
+        return cpu.turned(x, turn) if runs_in_c(x) else turned(x, turn).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (turn,) = ctx.saved_tensors
-        return turned_back(grad, turn).to(grad.dtype), None
+        return cpu.turned_back(grad, turn) if runs_in_c(grad) else turned_back(grad, turn).to(grad.dtype), None
 
 
-def turns(cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotation as complex numbers, one a pair, in at least float32."""
-    return torch.complex(upcast(cos), upcast(sin))
+def rotations(config: ModelConfig, positions_BL: Tensor, dtype: torch.dtype) -> Tensor:
+    """Every position's rotation as complex numbers [B, L, R/2] in at least float32, of tables rounded to `dtype`."""
+    return torch.complex(*(upcast(table) for table in rotary_tables(config, positions_BL, dtype)))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate interleaved pairs of the last axis; `cos` and `sin` broadcast against half of it."""
-    result: Tensor = _Rotate.apply(x, turns(cos, sin))  # type: ignore[no-untyped-call]
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotate interleaved pairs of the last axis; `turn` broadcasts against half of it."""
+    result: Tensor = _Rotate.apply(x, turn)  # type: ignore[no-untyped-call]
     return result

@@ -29,6 +29,8 @@ _SIGNATURES: Final = {
     "causal_softmax": "pppnnnnnn",
     "causal_softmax_backward": "ppnnnn",
     "surplus": "pppnn",
+    "turned": "pppnnnn",
+    "turned_back": "pppnnnn",
     "heads": "pppppppnnnnnnn",
     "heads_backward": "pppppppnnnnnnn",
     "momentum": "pppnnnxx",
@@ -42,6 +44,8 @@ _SIGNATURES: Final = {
     "causal_attention_backward": "p" * 10 + "n" * 6 + "x",
     "choose_experts": "pppnnn",
     "order_by_expert": "pppppnnn",
+    "sparse_project_back": "ppppnnn",
+    "sparse_outer": "ppppnnnn",
     "experts_forward": "p" * 9 + "n" * 6,
     "experts_backward": "p" * 13 + "n" * 6,
 }
@@ -49,7 +53,10 @@ _SIGNATURES: Final = {
 
 def serves(*tensors: Tensor) -> bool:
     """Whether the kernels take these: real bfloat16 tensors in this machine's memory."""
-    return all(x.dtype == torch.bfloat16 and is_real(x) for x in tensors) and bool(_kernels())
+    for x in tensors:
+        if x.dtype != torch.bfloat16 or not is_real(x):
+            return False
+    return bool(_kernels())
 
 
 def is_real(x: Tensor) -> bool:
@@ -69,7 +76,7 @@ def _kernels() -> dict[str, Callable[..., None]]:
 
 
 def _run(name: str, *arguments: Tensor | int | float | None) -> None:
-    _kernels()[name](*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
+    _kernels()[name](*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 
 def scratch(name: str, *sizes: int) -> Tensor:
@@ -145,6 +152,28 @@ def surplus(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return log_probs_T
 
 
+def turned(x_BLR: Tensor, turn_BLR: Tensor) -> Tensor:
+    """Interleaved pairs turned by complex64 rotations [B or 1, L, R / 2]: first members, then second ones."""
+    return _turned("turned", x_BLR, turn_BLR)
+
+
+def turned_back(grad_BLR: Tensor, turn_BLR: Tensor) -> Tensor:
+    """Gradient by the input of `turned`."""
+    return _turned("turned_back", grad_BLR, turn_BLR)
+
+
+def _turned(name: str, x_BLR: Tensor, turn_BLR: Tensor) -> Tensor:
+    x_BLR, turn_BLR = _dense(x_BLR, turn_BLR)
+    out_BLR = torch.empty_like(x_BLR)
+    _run(name, x_BLR, turn_BLR, out_BLR, *x_BLR.shape, _turns_apart(turn_BLR))
+    return out_BLR
+
+
+def _turns_apart(turn: Tensor) -> int:
+    """How far one sequence's angles are from the next one's, or none if all share theirs."""
+    return 2 * turn[0].numel() if len(turn) > 1 else 0
+
+
 def heads(q_BLHX: Tensor, kv_BLHY: Tensor, rotary_BLR: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys [B, H, L, X] and values [B, H, L, V], positions turned in.
 
@@ -176,7 +205,7 @@ def heads_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, turn: Tensor)
 def _head_sizes(q_BHLX: Tensor, v_BHLV: Tensor, turn: Tensor) -> tuple[int, ...]:
     batch, number, length, width = q_BHLX.shape
     rotary = 2 * turn.shape[-1]
-    return batch, length, number, width - rotary, rotary, v_BHLV.shape[-1], length * rotary * (turn.shape[0] > 1)
+    return batch, length, number, width - rotary, rotary, v_BHLV.shape[-1], _turns_apart(turn)
 
 
 def momentum(gradient: Tensor, average: Tensor, out_MRC: Tensor, beta: float, nesterov: bool) -> None:

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from k2.kernels.cpu import _run, serves, spare
+from k2.kernels.cpu import _run, spare
 from k2.kernels.cpu.build import library
 
 PANEL = 64  # columns of a packed factor in gemm.h
@@ -24,10 +24,12 @@ def has_gemm() -> bool:
     return bool((found := library()) and found.has_gemm())
 
 
-def serves_gemm(rows: Tensor, *weights: Tensor) -> bool:
-    """Whether the kernels take these; pairs of values are multiplied at once, so that widths are even."""
-    even = all(size % 2 == 0 for weight in weights for size in weight.shape[-2:])
-    return even and all(weight.dtype in WEIGHTS for weight in weights) and serves(rows) and has_gemm()
+def serves_gemm(*weights: Tensor) -> bool:
+    """Whether the kernels multiply rows by these; pairs of values are multiplied at once, so that widths are even."""
+    for weight in weights:
+        if weight.dtype not in WEIGHTS or weight.shape[-1] % 2 or weight.shape[-2] % 2:
+            return False
+    return has_gemm()
 
 
 def project(x_NI: Tensor, weight_OI: Tensor) -> Tensor:

@@ -160,66 +160,6 @@ void surplus(bf16 *logits, const int64_t *targets, float *log_probs, long tokens
     }
 }
 
-// Turn interleaved pairs by the angles of a position (cosine, sine of each pair): first members, then second ones.
-static inline void turn(const bf16 *from, const float *angles, long pairs, bf16 *to) {
-    for (long i = 0; i < pairs; i++) {
-        float a = widen_one(from[2 * i]), b = widen_one(from[2 * i + 1]), c = angles[2 * i], s = angles[2 * i + 1];
-        to[i] = narrow_one(a * c - b * s);
-        to[pairs + i] = narrow_one(a * s + b * c);
-    }
-}
-
-static inline void turn_back(const bf16 *from, const float *angles, long pairs, bf16 *to) {
-    for (long i = 0; i < pairs; i++) {
-        float a = widen_one(from[i]), b = widen_one(from[pairs + i]), c = angles[2 * i], s = angles[2 * i + 1];
-        to[2 * i] = narrow_one(a * c + b * s);
-        to[2 * i + 1] = narrow_one(b * c - a * s);
-    }
-}
-
-// Queries and keys [B, H, L, nope + rope] and values [B, H, L, V] from projections q [B, L, H, nope + rope] and
-// kv [B, L, H, nope + V] and one rotary key [B, L, rope]; `angles` are those of each position, `turns` apart per row.
-void heads(const bf16 *q, const bf16 *kv, const bf16 *rotary, const float *angles, bf16 *to_q, bf16 *to_k, bf16 *to_v,
-           long batch, long length, long number, long nope, long rope, long values, long turns) {
-    long width = nope + rope;
-#pragma omp parallel for collapse(2) schedule(static)
-    for (long b = 0; b < batch; b++)
-        for (long h = 0; h < number; h++)
-            for (long l = 0; l < length; l++) {
-                long token = b * length + l, from = token * number + h, to = (b * number + h) * length + l;
-                const bf16 *pair = kv + from * (nope + values);
-                memcpy(to_q + to * width, q + from * width, nope * sizeof *q);
-                turn(q + from * width + nope, angles + b * turns + l * rope, rope / 2, to_q + to * width + nope);
-                memcpy(to_k + to * width, pair, nope * sizeof *q);
-                memcpy(to_k + to * width + nope, rotary + token * rope, rope * sizeof *q);
-                memcpy(to_v + to * values, pair + nope, values * sizeof *q);
-            }
-}
-
-// Gradients of what `heads` took from those of what it made.
-void heads_backward(const bf16 *grad_q, const bf16 *grad_k, const bf16 *grad_v, const float *angles, bf16 *to_q,
-                    bf16 *to_kv, bf16 *to_rotary, long batch, long length, long number, long nope, long rope,
-                    long values, long turns) {
-    long width = nope + rope;
-#pragma omp parallel for schedule(static)
-    for (long token = 0; token < batch * length; token++) {
-        long b = token / length, l = token % length;
-        float total[rope];
-        memset(total, 0, sizeof total);
-        for (long h = 0; h < number; h++) {
-            long to = token * number + h, from = (b * number + h) * length + l;
-            const bf16 *key = grad_k + from * width;
-            bf16 *pair = to_kv + to * (nope + values);
-            memcpy(to_q + to * width, grad_q + from * width, nope * sizeof *key);
-            turn_back(grad_q + from * width + nope, angles + b * turns + l * rope, rope / 2, to_q + to * width + nope);
-            memcpy(pair, key, nope * sizeof *key);
-            memcpy(pair + nope, grad_v + from * values, values * sizeof *key);
-            for (long i = 0; i < rope; i++) total[i] += widen_one(key[nope + i]);
-        }
-        for (long i = 0; i < rope; i++) to_rotary[token * rope + i] = narrow_one(total[i]);
-    }
-}
-
 // Momentum of matrices that lie `stride` apart: m <- m + (g - m) share, and what is orthogonalised, g + (m - g) ahead.
 void momentum(const float *grad, float *average, bf16 *out, long matrices, long size, long stride, float share,
               float ahead) {

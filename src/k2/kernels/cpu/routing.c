@@ -1,8 +1,10 @@
-// Where tokens go: choice of experts, and rows ordered by expert.
+// Where tokens go: choice of experts, rows ordered by expert, and products with a router's sparse gradient.
 //
-// Letters in shapes: T tokens, S choices, E experts, N = T S rows.
+// Letters in shapes: T tokens, S choices, E experts, N = T S rows, D width.
 #include <stdlib.h>
 #include "vectors.h"
+
+#define COLUMNS (4 * LANES)  // of a weight's gradient that one thread sums: fixed, though it changes no sum
 
 // The S experts with the largest scores plus bias, best first, lower numbers first among equals: [T, S] of [T, E].
 void choose_experts(const float *scores, const float *bias, int64_t *chosen, long tokens, long experts, long choices) {
@@ -36,4 +38,33 @@ void order_by_expert(const int64_t *chosen, int64_t *slots, int64_t *pairs, int6
     }
     memmove(offsets + 1, offsets, experts * sizeof *offsets);  // each has become the beginning of the next
     offsets[0] = 0;
+}
+
+// out [T, D] = a matrix [T, E] times weights [E, D], of which each row has `values` [T, S] in the columns `chosen` only.
+void sparse_project_back(const float *values, const int64_t *chosen, const float *weight, bf16 *out, long tokens,
+                         long choices, long width) {
+#pragma omp parallel for schedule(static)
+    for (long token = 0; token < tokens; token++) {
+        const float *factors = values + token * choices;
+        const int64_t *rows = chosen + token * choices;
+        EACH(width,
+            floats total = {0};
+            for (long s = 0; s < choices; s++) total += factors[s] * load_wide(weight + rows[s] * width + i, n);
+            store(out + token * width + i, total, n);)
+    }
+}
+
+// out [E, D] = the same matrix transposed times x [T, D].
+void sparse_outer(const float *values, const int64_t *chosen, const bf16 *x, float *out, long tokens, long choices,
+                  long experts, long width) {
+#pragma omp parallel for schedule(static)
+    for (long first = 0; first < width; first += COLUMNS) {
+        long columns = lesser(COLUMNS, width - first);
+        for (long e = 0; e < experts; e++) memset(out + e * width + first, 0, columns * sizeof *out);
+        for (long pair = 0; pair < tokens * choices; pair++) {
+            const bf16 *from = x + pair / choices * width + first;
+            float *to = out + chosen[pair] * width + first;
+            EACH(columns, store_wide(to + i, load_wide(to + i, n) + load(from + i, n) * values[pair], n);)
+        }
+    }
 }

@@ -1,6 +1,6 @@
-"""Choice of experts, and rows ordered by expert, on a CPU.
+"""Choice of experts, rows ordered by expert, and products with a router's sparse gradient, on a CPU.
 
-Letters in shapes: T tokens, S choices per token, E experts, N = T S rows.
+Letters in shapes: T tokens, S choices per token, E experts, N = T S rows, D width.
 """
 
 import torch
@@ -29,3 +29,23 @@ def order_by_expert(chosen_TS: Tensor, experts: int) -> tuple[Tensor, Tensor, Te
     sizes = chosen_TS.numel(), chosen_TS.shape[1], experts
     _run("order_by_expert", chosen_TS, slots_TS, pairs_N, tokens_N, offsets, *sizes)
     return slots_TS, pairs_N, tokens_N, offsets
+
+
+def sparse_project_back(values_TS: Tensor, chosen_TS: Tensor, weight_ED: Tensor) -> Tensor:
+    """Gradient [T, D], in bfloat16, by the rows of a product whose own gradient is `values_TS` where they were chosen.
+
+    Values and weight are float32.
+    """
+    values_TS, chosen_TS, weight_ED = values_TS.contiguous(), chosen_TS.contiguous(), weight_ED.contiguous()
+    out_TD = weight_ED.new_empty(len(values_TS), weight_ED.shape[1], dtype=torch.bfloat16)
+    sizes = *values_TS.shape, weight_ED.shape[1]
+    _run("sparse_project_back", values_TS, chosen_TS, weight_ED, out_TD, *sizes)
+    return out_TD
+
+
+def sparse_outer(values_TS: Tensor, chosen_TS: Tensor, x_TD: Tensor, experts: int) -> Tensor:
+    """Gradient [E, D] by the weight of that product, in float32; x is bfloat16."""
+    values_TS, chosen_TS, x_TD = values_TS.contiguous(), chosen_TS.contiguous(), x_TD.contiguous()
+    out_ED = values_TS.new_empty(experts, x_TD.shape[1])
+    _run("sparse_outer", values_TS, chosen_TS, x_TD, out_ED, *values_TS.shape, *out_ED.shape)
+    return out_ED

@@ -75,6 +75,23 @@ static inline bf16 narrow_one(float x) {
 }
 
 // The first `count` of LANES values; the others are zero, or are not written.
+#ifdef __AVX512F__
+#define FIRST(count) ((__mmask16)(0xffff >> (LANES - lesser(count, LANES))))
+
+static inline floats load(const bf16 *from, long count) {
+    return widen((halves)_mm256_maskz_loadu_epi16(FIRST(count), from));
+}
+
+static inline void store(bf16 *to, floats x, long count) {
+    _mm256_mask_storeu_epi16(to, FIRST(count), (__m256i)narrow(x));
+}
+
+static inline floats load_wide(const float *from, long count) {
+    return (floats)_mm512_maskz_loadu_ps(FIRST(count), from);
+}
+
+static inline void store_wide(float *to, floats x, long count) { _mm512_mask_storeu_ps(to, FIRST(count), (__m512)x); }
+#else
 static inline floats load(const bf16 *from, long count) {
     halves x = {0};
     if (count >= LANES) memcpy(&x, from, sizeof x);
@@ -99,6 +116,7 @@ static inline void store_wide(float *to, floats x, long count) {
     if (count >= LANES) memcpy(to, &x, sizeof x);
     else memcpy(to, &x, count * sizeof *to);
 }
+#endif
 
 // Statements for every LANES values of a row: `i` is the first one and `n` their number, which is less at the end only.
 #define EACH(width, ...)                     \
