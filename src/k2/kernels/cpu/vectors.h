@@ -182,13 +182,12 @@ static inline floats exponential(floats x) {
     floats shifted = x * 1.44269504f + shift, n = shifted - shift;
 #endif
     floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    floats p = all(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    floats p = all(8.290315239e-3f);  // least relative error of degree 5 that is exact at 0, for |r| <= ln(2) / 2
+    p = p * r + 4.189794026e-2f;
+    p = p * r + 1.666763628e-1f;
+    p = p * r + 4.999914941e-1f;
+    p = p * r + 9.999997071e-1f;
+    p = p * r + 1.0f;
 #ifdef __AVX512F__
     return (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
