@@ -4,21 +4,26 @@
 #include <stdlib.h>
 #include "vectors.h"
 
+#define TOGETHER 4            // tokens whose searches overlap: each waits for its last choice
 #define COLUMNS (4 * LANES)  // of a weight's gradient that one thread sums: fixed, though it changes no sum
 
 // The S experts with the largest scores plus bias, best first, lower numbers first among equals: [T, S] of [T, E].
 void choose_experts(const float *scores, const float *bias, int64_t *chosen, long tokens, long experts, long choices) {
 #pragma omp parallel
     {
-        float *open = malloc(experts * sizeof *open);
+        float *open = malloc(TOGETHER * experts * sizeof *open);
 #pragma omp for schedule(static)
-        for (long token = 0; token < tokens; token++) {
-            const float *row = scores + token * experts;
-            EACH(experts, store_wide(open + i, load_wide(row + i, n) + load_wide(bias + i, n), n);)
-            for (long s = 0; s < choices; s++) {
-                long best = chosen[token * choices + s] = best_of(open, experts);
-                open[best] = -INFINITY;
+        for (long first = 0; first < tokens; first += TOGETHER) {
+            long count = lesser(TOGETHER, tokens - first);
+            for (long t = 0; t < count; t++) {
+                const float *row = scores + (first + t) * experts;
+                EACH(experts, store_wide(open + t * experts + i, load_wide(row + i, n) + load_wide(bias + i, n), n);)
             }
+            for (long s = 0; s < choices; s++)
+                for (long t = 0; t < count; t++) {
+                    long best = chosen[(first + t) * choices + s] = best_of(open + t * experts, experts);
+                    open[t * experts + best] = -INFINITY;
+                }
         }
         free(open);
     }
