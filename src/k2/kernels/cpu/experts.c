@@ -6,11 +6,8 @@
 
 #ifdef __AVX512BF16__
 #include <omp.h>
+#include "activation.h"
 #include "gemm.h"
-
-void gated(const bf16 *gate_up, const float *scale, bf16 *out, long rows, long inner);
-void gated_backward(const bf16 *grad, const bf16 *gate_up, const float *scale, bf16 *out, bf16 *grad_gate_up,
-                    float *grad_scale, long rows, long inner);
 
 // What one thread works with, for an expert of so many rows.
 enum { INNER_NF, GRAD_INNER_NF, GATE_UP_NG, GRAD_GATE_UP_NG, LEFT, RIGHT, WEIGHTS, PARTS };
@@ -103,7 +100,8 @@ void experts_forward(const bf16 *x, const int64_t *tokens, const float *scale, c
             matrix x_rows = {x, hidden, 0, tokens + first}, inner_rows = {s.part[INNER_NF], inner, 0, NULL};
             bf16 *middle = gate_up + first * 2 * inner;
             rows_times_transpose(x_rows, rows, up_of(weights, e), 2 * inner, s, middle, down_soon(weights, e));
-            gated(middle, scale + first, s.part[INNER_NF], rows, inner);
+            for (long row = 0; row < rows; row++)
+                gated_row(middle + row * 2 * inner, scale[first + row], (bf16 *)s.part[INNER_NF] + row * inner, inner);
             rows_times_transpose(inner_rows, rows, down_of(weights, e), hidden, s, out + first * hidden,
                                  up_soon(weights, e + threads));
         }
@@ -131,8 +129,10 @@ void experts_backward(const bf16 *grad, const bf16 *x, const int64_t *tokens, co
                 rows_times_transpose(x_rows, rows, up_of(weights, e), 2 * inner, s, s.part[GATE_UP_NG],
                                      down_soon(weights, e));
             rows_times(grad_out, rows, down_of(weights, e), s, s.part[GRAD_INNER_NF], down_soon(grads, e));
-            gated_backward(s.part[GRAD_INNER_NF], middle, scale + first, s.part[INNER_NF], s.part[GRAD_GATE_UP_NG],
-                           grad_scale + first, rows, inner);
+            for (long row = 0; row < rows; row++)
+                grad_scale[first + row] = gated_row_backward(
+                    (bf16 *)s.part[GRAD_INNER_NF] + row * inner, middle + row * 2 * inner, scale[first + row],
+                    (bf16 *)s.part[INNER_NF] + row * inner, (bf16 *)s.part[GRAD_GATE_UP_NG] + row * 2 * inner, inner);
             columns_times(grad_out, inner_rows, rows, s, down_of(grads, e), up_soon(grads, e));
             columns_times(grad_middle, x_rows, rows, s, up_of(grads, e), up_soon(weights, e));
             rows_times(grad_middle, rows, up_of(weights, e), s, grad_rows + first * hidden,

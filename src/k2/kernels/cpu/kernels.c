@@ -3,6 +3,7 @@
 // Letters in shapes: N rows, D width, F inner width, M matrices, Q queries, K keys, L length, T tokens, V vocabulary.
 #include <math.h>
 #include <stdlib.h>
+#include "activation.h"
 #include "vectors.h"
 
 #define ROWS 64  // rows of one partial sum over rows: fixed, so that no number of threads changes a sum
@@ -47,38 +48,17 @@ void rms_norm_backward(const bf16 *grad, const bf16 *x, const float *weight, con
 // silu(first half) * second half of each row, times the row's scale if there are any: [N, 2F] -> [N, F].
 void gated(const bf16 *gate_up, const float *scale, bf16 *out, long rows, long inner) {
 #pragma omp parallel for schedule(static)
-    for (long row = 0; row < rows; row++) {
-        const bf16 *gate = gate_up + row * 2 * inner, *up = gate + inner;
-        bf16 *to = out + row * inner;
-        float factor = scale ? scale[row] : 1.0f;
-        EACH(inner,
-            floats g = load(gate + i, n);
-            store(to + i, g * sigmoid(g) * load(up + i, n) * factor, n);)
-    }
+    for (long row = 0; row < rows; row++)
+        gated_row(gate_up + row * 2 * inner, scale ? scale[row] : 1.0f, out + row * inner, inner);
 }
 
 // Gradients by gate, up and scale, and the output once more.
 void gated_backward(const bf16 *grad, const bf16 *gate_up, const float *scale, bf16 *out, bf16 *grad_gate_up,
                     float *grad_scale, long rows, long inner) {
 #pragma omp parallel for schedule(static)
-    for (long row = 0; row < rows; row++) {
-        const bf16 *gate = gate_up + row * 2 * inner, *up = gate + inner, *upstream = grad + row * inner;
-        bf16 *grad_gate = grad_gate_up + row * 2 * inner, *grad_up = grad_gate + inner, *to = out + row * inner;
-        floats dots = {0};
-        EACH(inner,
-            floats g = load(gate + i, n);
-            floats u = load(up + i, n);
-            floats s = sigmoid(g);
-            floats active = g * s;
-            floats product = active * u;
-            floats scaled = load(upstream + i, n);
-            dots += scaled * product;
-            scaled *= scale[row];
-            store(to + i, product * scale[row], n);
-            store(grad_up + i, scaled * active, n);
-            store(grad_gate + i, scaled * u * (s + active - active * s), n);)
-        grad_scale[row] = sum(dots);
-    }
+    for (long row = 0; row < rows; row++)
+        grad_scale[row] = gated_row_backward(grad + row * inner, gate_up + row * 2 * inner, scale[row], out + row * inner,
+                                             grad_gate_up + row * 2 * inner, inner);
 }
 
 // Softmax of the first `seen` logits of a row of `room`, plus `bias` if there is one, in place; the others become zero.
