@@ -40,8 +40,12 @@ static scratch own_scratch(bf16 *memory, long rows, long hidden, long inner) {
     return mine;
 }
 
-// A matrix of so many rows that lie one after the other.
-static next all_of(matrix m, long rows) { return (next){m.start, row_of(m, rows)}; }
+static const matrix NOTHING = {0};
+
+// A matrix of so many rows that lie one after the other, then none or some that do not.
+static next all_of(matrix m, long rows, matrix others, long count) {
+    return (next){m.start, row_of(m, rows), others, 0, count};
+}
 
 // out [rows, O] = x [rows, I] times the transpose of weights [O, I].
 static void rows_times_transpose(matrix x, long rows, matrix weights, long outputs, scratch s, bf16 *out, next soon) {
@@ -80,9 +84,13 @@ static matrix down_of(tables t, long expert) {
 }
 
 // Of an expert, or of the last one if there are fewer.
-static next up_soon(tables t, long expert) { return all_of(up_of(t, lesser(expert, t.experts - 1)), 2 * t.inner); }
+static next up_soon(tables t, long expert, matrix others, long count) {
+    return all_of(up_of(t, lesser(expert, t.experts - 1)), 2 * t.inner, others, count);
+}
 
-static next down_soon(tables t, long expert) { return all_of(down_of(t, lesser(expert, t.experts - 1)), t.hidden); }
+static next down_soon(tables t, long expert, matrix others, long count) {
+    return all_of(down_of(t, lesser(expert, t.experts - 1)), t.hidden, others, count);
+}
 
 // `memory` is enough for so many threads, whatever OpenMP would start.
 //
@@ -98,12 +106,14 @@ void experts_forward(const bf16 *x, const int64_t *tokens, const float *scale, c
         for (long e = 0; e < experts; e++) {
             long first = offsets[e], rows = offsets[e + 1] - first;
             matrix x_rows = {x, hidden, 0, tokens + first}, inner_rows = {s.part[INNER_NF], inner, 0, NULL};
+            long last = lesser(e + threads, experts - 1);
+            matrix after = {x, hidden, 0, tokens + offsets[last]};
             bf16 *middle = gate_up + first * 2 * inner;
-            rows_times_transpose(x_rows, rows, up_of(weights, e), 2 * inner, s, middle, down_soon(weights, e));
+            rows_times_transpose(x_rows, rows, up_of(weights, e), 2 * inner, s, middle, down_soon(weights, e, NOTHING, 0));
             for (long row = 0; row < rows; row++)
                 gated_row(middle + row * 2 * inner, scale[first + row], (bf16 *)s.part[INNER_NF] + row * inner, inner);
             rows_times_transpose(inner_rows, rows, down_of(weights, e), hidden, s, out + first * hidden,
-                                 up_soon(weights, e + threads));
+                                 up_soon(weights, e + threads, after, offsets[last + 1] - offsets[last]));
         }
     }
 }
@@ -122,21 +132,23 @@ void experts_backward(const bf16 *grad, const bf16 *x, const int64_t *tokens, co
         for (long e = 0; e < experts; e++) {
             long first = offsets[e], rows = offsets[e + 1] - first;
             matrix x_rows = {x, hidden, 0, tokens + first}, grad_out = {grad, hidden, 0, tokens + first};
+            long last = lesser(e + threads, experts - 1);
+            matrix after = {grad, hidden, 0, tokens + offsets[last]};
             matrix inner_rows = {s.part[INNER_NF], inner, 0, NULL};
             matrix grad_middle = {s.part[GRAD_GATE_UP_NG], 2 * inner, 0, NULL};
             const bf16 *middle = gate_up ? gate_up + first * 2 * inner : s.part[GATE_UP_NG];
             if (!gate_up)
                 rows_times_transpose(x_rows, rows, up_of(weights, e), 2 * inner, s, s.part[GATE_UP_NG],
-                                     down_soon(weights, e));
-            rows_times(grad_out, rows, down_of(weights, e), s, s.part[GRAD_INNER_NF], down_soon(grads, e));
+                                     down_soon(weights, e, NOTHING, 0));
+            rows_times(grad_out, rows, down_of(weights, e), s, s.part[GRAD_INNER_NF], down_soon(grads, e, x_rows, rows));
             for (long row = 0; row < rows; row++)
                 grad_scale[first + row] = gated_row_backward(
                     (bf16 *)s.part[GRAD_INNER_NF] + row * inner, middle + row * 2 * inner, scale[first + row],
                     (bf16 *)s.part[INNER_NF] + row * inner, (bf16 *)s.part[GRAD_GATE_UP_NG] + row * 2 * inner, inner);
-            columns_times(grad_out, inner_rows, rows, s, down_of(grads, e), up_soon(grads, e));
-            columns_times(grad_middle, x_rows, rows, s, up_of(grads, e), up_soon(weights, e));
+            columns_times(grad_out, inner_rows, rows, s, down_of(grads, e), up_soon(grads, e, NOTHING, 0));
+            columns_times(grad_middle, x_rows, rows, s, up_of(grads, e), up_soon(weights, e, NOTHING, 0));
             rows_times(grad_middle, rows, up_of(weights, e), s, grad_rows + first * hidden,
-                       down_soon(weights, e + threads));
+                       down_soon(weights, e + threads, after, offsets[last + 1] - offsets[last]));
         }
     }
 }

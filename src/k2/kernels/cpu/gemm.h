@@ -43,9 +43,12 @@ typedef struct {
     long pairs;
 } right;
 
-// Memory that is used after a product, which meanwhile brings it into the caches, a line with each pair of a tile.
+// What is used after a product, which meanwhile brings it into the caches: memory, a line with each pair of a tile, then
+// rows of a matrix, some with each tile.
 typedef struct {
     const char *line, *end;
+    matrix rows;
+    long row, count;
 } next;
 
 // What a product becomes: bfloat16, float32, or float32 that is added to what is there.
@@ -194,6 +197,14 @@ INLINE void any_tile(const pair *const *a, long stride, const pair *b, long pair
 
 static inline const pair *left_row(left a, long row) { return a.start + (a.index ? a.index[row] : row) * a.row; }
 
+// The next rows.
+static void fetch_rows(next *soon) {
+    for (long last = lesser(soon->row + TILE, soon->count); soon->row < last; soon->row++) {
+        const char *line = (const char *)row_of(soon->rows, soon->row);
+        for (long at = 0; at < soon->rows.width * 2; at += LINE) _mm_prefetch(line + at, _MM_HINT_T1);
+    }
+}
+
 // out [rows, columns] in some form from left [rows, pairs] times a packed factor, of which the first `pairs` count. If
 // the rows are those from `diagonal` on of a square and not EVERYWHERE is wanted, what lies right of its diagonal is left
 // out, up to LANES - 1. `soon` may be NULL.
@@ -207,6 +218,7 @@ static void product(left a, long rows, right b, long columns, long pairs, void *
             void *to = (char *)out + (row * columns + column) * size;
             long end = lesser(columns, padded(diagonal + row + TILE, LANES));
             long step = soon && soon->line < soon->end ? LINE : 0;
+            if (soon && !step) fetch_rows(soon);
             const char *line = step ? soon->line : (const char *)from[0];
             any_tile(from, a.pair, b.panels + column * b.pairs, pairs, to, form, columns, end - column, line, step,
                      lesser(TILE, rows - row));
