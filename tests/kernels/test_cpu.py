@@ -1,5 +1,6 @@
 """The C kernels against float64, against torch's operators inside the whole model, and where they cannot be built."""
 
+import ctypes
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,9 +16,10 @@ from k2.config.base import Kernels
 from k2.config.model import ModelConfig
 from k2.config.optimizer import OptimizerConfig
 from k2.kernels import cpu
-from k2.kernels.cpu.build import LEVELS, SOURCES, architecture, build
+from k2.kernels.cpu.build import LEVELS, SOURCES, architecture, build, compiler
 from k2.model.backend import runs_in_c, use_kernels
 from k2.model.layout import logical_tensors
+from k2.model.rope import rotate
 from k2.model.transformer import Transformer
 from k2.optim.muonclip import MuonClip
 
@@ -138,6 +140,39 @@ def test_heads(kernels: None, rows: int) -> None:
         outcomes.append([*made, *grads])
     for found, expected in zip(*outcomes, strict=True):
         close(found, expected.detach().double(), abs_=1e-2)
+
+
+@pytest.mark.parametrize(("rows", "pairs"), [(1, 4), (2, 16), (2, 21)])
+def test_rotation(kernels: None, rows: int, pairs: int) -> None:
+    """There and back, of a slice, against the torch path."""
+    angles, outcomes = torch.rand(rows, 7, pairs) * 6, []
+    for choice in ("auto", "torch"):
+        use_kernels(choice)  # type: ignore[arg-type]
+        leaf = bf16(2, 7, 2 * pairs + 3, seed=1).requires_grad_()
+        made = rotate(leaf[..., 3:], torch.complex(angles.cos(), angles.sin()))
+        outcomes.append([made, *torch.autograd.grad(made, leaf, bf16(*made.shape, seed=2))])
+    for found, expected in zip(*outcomes, strict=True):
+        close(found, expected.detach().double(), abs_=1e-2)
+
+
+def test_exponentials_are_right_to_two_units(kernels: None, tmp_path: Path) -> None:
+    """From where float32 ends up to 88; infinities and what is no number stay what they are."""
+    source, made = tmp_path / "exponential.c", tmp_path / "exponential.so"
+    each = "EACH(count, store_wide(to + i, exponential(load_wide(from + i, n)), n);)"
+    source.write_text(f'#include "vectors.h"\nvoid all_of(const float *from, float *to, long count) {{ {each} }}\n')
+    folder = f"-I{Path(cpu.__file__).parent}"
+    subprocess.run([*compiler(architecture()), folder, str(source), "-o", str(made), "-lm"], check=True)
+    x = torch.cat([torch.linspace(-87, 88, 1_000_003), torch.linspace(-1, 1, 1_000_003), torch.zeros(1)])
+    special = torch.tensor([-torch.inf, torch.nan, -200.0])
+    found, ends = torch.empty_like(x), torch.empty_like(special)
+    for values, to in ((x, found), (special, ends)):
+        ctypes.CDLL(str(made)).all_of(*map(ctypes.c_void_p, (values.data_ptr(), to.data_ptr())), ctypes.c_long(len(to)))
+    exact = x.double().exp()
+    unit = torch.nextafter(exact.float(), torch.tensor(torch.inf)) - exact.float()
+    assert ((found.double() - exact).abs() <= 2.001 * unit).all()
+    assert found[-1] == 1
+    assert ends[[0, 2]].tolist() == pytest.approx([0, 0], abs=1e-38)
+    assert ends[1].isnan()
 
 
 def test_momentum_and_update(kernels: None) -> None:

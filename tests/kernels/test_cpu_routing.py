@@ -1,4 +1,4 @@
-"""Choice of experts and order of rows in C: exactly what torch's operators give."""
+"""Routing in C: choice of experts and order of rows, exactly as torch has them, and products with few columns."""
 
 import pytest
 import torch
@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from k2.config.model import ModelConfig
 from k2.kernels.cpu.build import library
-from k2.kernels.cpu.routing import choose_experts
+from k2.kernels.cpu.routing import choose_experts, sparse_outer, sparse_project_back
 from k2.model.backend import use_kernels
 from k2.model.experts import Blocks, arrange
+from k2.model.moe import Router
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C compiler")
 SIZES = {"tokens": st.integers(1, 40), "experts": st.integers(1, 70), "choices": st.integers(1, 8)}
@@ -46,6 +48,36 @@ def test_rows_are_ordered_by_expert(tokens: int, experts: int, choices: int) -> 
     finally:
         use_kernels("auto")
     assert _parts(found) == _parts(expected)
+
+
+@given(**SIZES, width=st.integers(1, 150))
+def test_products_with_a_sparse_matrix(tokens: int, experts: int, choices: int, width: int) -> None:
+    choices, generator = min(choices, experts), torch.Generator().manual_seed(tokens)
+    chosen_TS = torch.rand(tokens, experts, generator=generator).topk(choices).indices
+    values_TS = torch.randn(tokens, choices, generator=generator)
+    weight_ED, x_TD = torch.randn(experts, width, generator=generator), torch.randn(tokens, width).bfloat16()
+    whole_TE = torch.zeros(tokens, experts).double().scatter_(1, chosen_TS, values_TS.double())
+    back_TD, outer_ED = whole_TE @ weight_ED.double(), whole_TE.T @ x_TD.double()
+    assert ((sparse_project_back(values_TS, chosen_TS, weight_ED) - back_TD).abs() <= back_TD.abs() / 256 + 1e-5).all()
+    assert ((sparse_outer(values_TS, chosen_TS, x_TD, experts) - outer_ED).abs() <= 1e-5 * tokens).all()
+
+
+@pytest.mark.parametrize("asked", [(True, False), (True, True), (False, True)], ids=["choice", "both", "balance"])
+def test_the_router_has_the_same_gradients_in_c(asked: tuple[bool, bool]) -> None:
+    """Of the weights of what was chosen, of all scores, or of both."""
+    router = Router(ModelConfig(n_routed_experts=24, num_experts_per_tok=3, hidden_size=20))
+    x_TD, sides = torch.randn(30, 20).bfloat16().requires_grad_(), []
+    with torch.no_grad():
+        router.weight.normal_()
+    for choice in ("auto", "torch"):
+        use_kernels(choice)  # type: ignore[arg-type]
+        routing = router(x_TD)
+        sums = [(tensor.double() ** 2).sum() for tensor in (routing.weights_TS, routing.scores_TE)]
+        loss = sum(each for each, wanted in zip(sums, asked, strict=True) if wanted)
+        sides.append([routing.experts_TS, *torch.autograd.grad(loss, [x_TD, router.weight])])
+    use_kernels("auto")
+    for found, expected in zip(*sides, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-5)
 
 
 def _parts(blocks: Blocks) -> list[object]:

@@ -57,7 +57,7 @@ def _logits_backward(grad_TE: Tensor, x_TD: Tensor, weight_ED: Tensor) -> tuple[
 
 
 class _Choice(torch.autograd.Function):
-    """Chosen experts, their scores and all scores; the gradient reaches the logits of chosen experts only, else all."""
+    """Chosen experts, their scores, and all scores, which few ask a gradient for: then only chosen logits have one."""
 
     @staticmethod
     def forward(
@@ -73,8 +73,9 @@ class _Choice(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: None, grad_TS: Tensor, grad_TE: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, _: None, grad_TS: Tensor | None, grad_TE: Tensor | None) -> tuple[Tensor, Tensor, None]:
         x_TD, weight_ED, experts_TS, chosen_TS, scores_TE = ctx.saved_tensors
+        grad_TS = torch.zeros_like(chosen_TS) if grad_TS is None else grad_TS
         slopes_TS = torch.ops.aten.sigmoid_backward(grad_TS, chosen_TS)
         if grad_TE is None and runs_in_c(x_TD):
             grad_weight_ED = sparse_outer(slopes_TS, experts_TS, x_TD, len(weight_ED)).to(weight_ED.dtype)

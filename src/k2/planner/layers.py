@@ -12,7 +12,6 @@ from math import ceil
 
 from k2.planner.operations import FLOAT32, INT64, PANEL, Form, Layer, Operation, Sizes, padded
 
-COMPLEX64 = 8
 QUERY_BLOCK = 48
 """Queries that a thread looks at together (causal.c in `k2.kernels.cpu`)."""
 NORM_ROWS = 64
@@ -108,13 +107,11 @@ def _attention(sizes: Sizes) -> Iterator[Operation]:
         model.q_lora_rank,
     )
     rotary, value, width = model.qk_rope_head_dim, model.v_head_dim, model.qk_head_dim
-    table = COMPLEX64 * sizes.context * rotary / 2
     yield _norm(sizes, "norm", "x", "normed", hidden)
     yield _projection(sizes, "kv_a", "normed", "down_kv", hidden, rank + rotary)
     yield _norm(sizes, "kv_norm", "down_kv", "latent", rank, whole=False)
-    turning = 3 * sizes.float32(rotary)
-    makes = {"rotary": sizes.values(rotary), "turn": table}
-    yield Operation("rotate", ("down_kv",), makes, ("turn",), 0.0, turning, turning + sizes.values(rank + rotary))
+    key = sizes.values(rotary)
+    yield Operation("rotate", ("down_kv",), {"rotary": key}, (), 0.0, key, 2 * key + sizes.values(rank + rotary))
     if query_rank is not None:
         yield _projection(sizes, "q_a", "normed", "down_q", hidden, query_rank)
         yield _norm(sizes, "q_norm", "down_q", "query_latent", query_rank)
@@ -126,7 +123,7 @@ def _attention(sizes: Sizes) -> Iterator[Operation]:
         name: sizes.values(heads * each) for name, each in (("queries", width), ("keys", width), ("values", value))
     }
     gradients = sizes.values(heads * (width + spread) + rotary)
-    yield Operation("heads", ("up_q", "up_kv", "rotary"), {**parts, "turns": table}, ("turns",), backward=gradients)
+    yield Operation("heads", ("up_q", "up_kv", "rotary"), parts, (), backward=gradients)
     yield _attended(sizes)
     yield _projection(sizes, "o", "attended", "mixed_heads", heads * value, hidden)
     yield Operation("add", ("x", "mixed_heads"), {"middle": sizes.values(hidden)}, passes=True)
@@ -194,7 +191,10 @@ def _mixture(sizes: Sizes) -> Iterator[Operation]:
 
 
 def _router(sizes: Sizes) -> Operation:
-    """Scores in float32 from an input that is widened for a while, in both passes, and the weights of those chosen."""
+    """Scores in float32 from an input that is widened for a while, and the weights of those chosen.
+
+    The gradient reaches all scores where there is a balance loss, and else those that were chosen.
+    """
     model, hidden = sizes.model, sizes.model.hidden_size
     experts, chosen = model.n_routed_experts, model.num_experts_per_tok
     shares = sizes.float32(chosen + 1) if model.norm_topk_prob else 0.0
@@ -206,10 +206,11 @@ def _router(sizes: Sizes) -> Operation:
     }
     wide = 0.0 if sizes.item == FLOAT32 else sizes.float32(hidden)
     saves = ("normed_again", "scores", "chosen", "shares")
-    forward = wide + sizes.float32(experts)
     gradient = FLOAT32 * experts * hidden
-    backward = sizes.float32(experts + hidden) + max(wide, sizes.values(hidden)) + gradient
-    return Operation("router", ("normed_again",), makes, saves, gradient * sizes.fresh, forward, backward)
+    dense = sizes.float32(experts + hidden) + max(wide, sizes.values(hidden))
+    sparse = sizes.float32(2 * chosen) + sizes.values(hidden)
+    backward = gradient + (sparse if sizes.cpu and not sizes.balanced else dense)
+    return Operation("router", ("normed_again",), makes, saves, gradient * sizes.fresh, wide, backward)
 
 
 def _routed(sizes: Sizes) -> Operation:

@@ -51,15 +51,19 @@ def build(folder: Path, target: str) -> Path:
         subprocess.CalledProcessError: it does not compile.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    compiler = os.environ.get("CC", "cc").split()
-    level, *extensions = target.split("+")
-    march = [f"-march={level}", *(f"-m{name}" for name in extensions)] if level.startswith("x86-64") else []
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         made = Path(aside, _name(target))
         sources = [str(path) for path in SOURCES if path.suffix == ".c"]
-        command = [*compiler, *FLAGS, *march, *sources, "-o", str(made), "-lm"]
+        command = [*compiler(target), *sources, "-o", str(made), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         return made.replace(folder / made.name)
+
+
+def compiler(target: str) -> list[str]:
+    """The compiler and its options for such processors."""
+    level, *extensions = target.split("+")
+    march = [f"-march={level}", *(f"-m{name}" for name in extensions)] if level.startswith("x86-64") else []
+    return [*os.environ.get("CC", "cc").split(), *FLAGS, *march]
 
 
 @cache
