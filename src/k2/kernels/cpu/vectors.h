@@ -75,48 +75,48 @@ static inline bf16 narrow_one(float x) {
 }
 
 // The first `count` of LANES values; the others are zero, or are not written.
-#ifdef __AVX512F__
-#define FIRST(count) ((__mmask16)(0xffff >> (LANES - lesser(count, LANES))))
-
-static inline floats load(const bf16 *from, long count) {
-    return widen((halves)_mm256_maskz_loadu_epi16(FIRST(count), from));
-}
-
-static inline void store(bf16 *to, floats x, long count) {
-    _mm256_mask_storeu_epi16(to, FIRST(count), (__m256i)narrow(x));
-}
-
-static inline floats load_wide(const float *from, long count) {
-    return (floats)_mm512_maskz_loadu_ps(FIRST(count), from);
-}
-
-static inline void store_wide(float *to, floats x, long count) { _mm512_mask_storeu_ps(to, FIRST(count), (__m512)x); }
-#else
-static inline floats load(const bf16 *from, long count) {
+static inline halves some(const bf16 *from, long count) {
     halves x = {0};
     if (count >= LANES) memcpy(&x, from, sizeof x);
+#ifdef __AVX512F__
+    else x = (halves)_mm256_maskz_loadu_epi16((1u << count) - 1, from);
+#else
     else memcpy(&x, from, count * sizeof *from);
-    return widen(x);
+#endif
+    return x;
 }
+
+static inline floats load(const bf16 *from, long count) { return widen(some(from, count)); }
 
 static inline void store(bf16 *to, floats x, long count) {
     halves rounded = narrow(x);
     if (count >= LANES) memcpy(to, &rounded, sizeof rounded);
+#ifdef __AVX512F__
+    else _mm256_mask_storeu_epi16(to, (1u << count) - 1, (__m256i)rounded);
+#else
     else memcpy(to, &rounded, count * sizeof *to);
+#endif
 }
 
 static inline floats load_wide(const float *from, long count) {
     floats x = {0};
     if (count >= LANES) memcpy(&x, from, sizeof x);
+#ifdef __AVX512F__
+    else x = (floats)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+#else
     else memcpy(&x, from, count * sizeof *from);
+#endif
     return x;
 }
 
 static inline void store_wide(float *to, floats x, long count) {
     if (count >= LANES) memcpy(to, &x, sizeof x);
+#ifdef __AVX512F__
+    else _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)x);
+#else
     else memcpy(to, &x, count * sizeof *to);
-}
 #endif
+}
 
 // Statements for every LANES values of a row: `i` is the first one and `n` their number, which is less at the end only.
 #define EACH(width, ...)                     \
