@@ -1,6 +1,8 @@
 """Memory of gradients from one step to the next: taken again, never while somebody has it, and changing no bit."""
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tests.model.reference import TINY
 
 LARGE = spare.SMALLEST // 4
 """Values of float32 in the smallest gradient that leaves its memory."""
+HUGE = Path("/sys/kernel/mm/transparent_hugepage")
 MODEL = TINY.model_copy(update={"vocab_size": 1400, "n_routed_experts": 24})
 LEFT = ["layers.1.mlp.experts.gate_up_proj", "layers.2.mlp.experts.gate_up_proj", "lm_head.weight"]
 """Its gradients that are large enough; the embedding's is torch's."""
@@ -49,6 +52,19 @@ def test_what_ends_inside_is_taken_again_by_its_size() -> None:
     assert again.shape == (2, LARGE)
     assert again.dtype == torch.bfloat16
     assert second.data_ptr() not in (place, elsewhere.data_ptr())
+
+
+@pytest.mark.skipif(not HUGE.exists(), reason="needs Linux with transparent huge pages")
+def test_large_gradients_ask_for_large_pages() -> None:
+    whole = gradient(4 * spare.LARGE_PAGE)
+    middle = whole.data_ptr() + 2 * spare.LARGE_PAGE
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if place := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(place[1], 16) <= middle < int(place[2], 16)
+        if inside and line.startswith("VmFlags:"):
+            assert "hg" in line.split()
+            return
+    pytest.fail("the gradient is in no mapping")
 
 
 @pytest.mark.parametrize("part", [lambda whole: whole, lambda whole: whole[1:], lambda whole: whole.view(2, -1).T])

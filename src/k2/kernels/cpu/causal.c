@@ -93,6 +93,15 @@ static float exponentials(float *logits, float scale, const float *bias, long se
     return top;
 }
 
+// out [N, width] = left [N, room] of a block times columns of keys or values; rows see few more keys than they may.
+static void mix(block b, const bf16 *left, const pair *panels, long key_pairs, long width, void *out, int form) {
+    for (long row = 0; row < b.rows; row += TILE) {
+        long count = lesser(TILE, b.rows - row), keys = b.start + row + count;
+        product(rows_of(left + row * b.room, b.room), count, (right){panels, key_pairs}, width, (keys + 1) / 2,
+                (char *)out + row * width * (form == NARROW ? 2 : 4), form, EVERYWHERE, NULL);
+    }
+}
+
 static void narrow_all(const float *from, long count, float factor, bf16 *to) {
     EACH(count, store(to + i, load_wide(from + i, n) * factor, n);)
 }
@@ -123,8 +132,7 @@ void causal_attention(const bf16 *q, const bf16 *k, const bf16 *v, const float *
                     row_max[at] = totals[row] == totals[row] ? top : NAN;
                     log_sums[at] = top + logf(totals[row]);
                 }
-                product(rows_of(shares, b.room), b.rows, (right){mine.part[VALUE_COLUMNS], (length + 1) / 2}, values,
-                        b.room / 2, mixed, WIDE, EVERYWHERE, NULL);
+                mix(b, shares, mine.part[VALUE_COLUMNS], (length + 1) / 2, values, mixed, WIDE);
                 for (long row = 0; row < b.rows; row++)
                     narrow_all(mixed + row * values, values, 1.0f / totals[row], out + by_token(s, b, row));
             }
@@ -191,8 +199,8 @@ void causal_attention_backward(const bf16 *grad, const bf16 *q, const bf16 *k, c
                 product(rows_of(grad_rows, values), b.rows, (right){mine.part[VALUE_ROWS], values / 2}, b.stop, values / 2,
                         mine.part[GRAD_NL], WIDE, start, NULL);
                 slopes_of(s, b, log_sums, mine);
-                product(rows_of(mine.part[SLOPES_NL], b.room), b.rows, (right){mine.part[KEY_COLUMNS], key_pairs}, width,
-                        b.room / 2, grad_q + (m * length + start) * width, NARROW, EVERYWHERE, NULL);
+                mix(b, mine.part[SLOPES_NL], mine.part[KEY_COLUMNS], key_pairs, width, grad_q + (m * length + start) * width,
+                    NARROW);
                 add_transposed(b, mine.part[SLOPES_NL], queries + start * width, width, total_k, mine);
                 add_transposed(b, mine.part[SHARES_NL], grad_rows, values, total_v, mine);
             }
