@@ -76,14 +76,13 @@ class _Choice(torch.autograd.Function):
     def backward(ctx: Any, _: None, grad_TS: Tensor | None, grad_TE: Tensor | None) -> tuple[Tensor, Tensor, None]:
         x_TD, weight_ED, experts_TS, chosen_TS, scores_TE = ctx.saved_tensors
         grad_TS = torch.zeros_like(chosen_TS) if grad_TS is None else grad_TS
-        slopes_TS = torch.ops.aten.sigmoid_backward(grad_TS, chosen_TS)
         if grad_TE is None and runs_in_c(x_TD):
+            slopes_TS = torch.ops.aten.sigmoid_backward(grad_TS, chosen_TS)
             grad_weight_ED = sparse_outer(slopes_TS, experts_TS, x_TD, len(weight_ED)).to(weight_ED.dtype)
             return sparse_project_back(slopes_TS, experts_TS, weight_ED.float()), grad_weight_ED, None
-        slopes_TE = torch.zeros_like(scores_TE)
-        if grad_TE is not None:
-            slopes_TE = torch.ops.aten.sigmoid_backward(grad_TE, scores_TE)
-        return *_logits_backward(slopes_TE.scatter_add_(1, experts_TS, slopes_TS), x_TD, weight_ED), None
+        grad_TE = torch.zeros_like(scores_TE) if grad_TE is None else grad_TE
+        slopes_TE = torch.ops.aten.sigmoid_backward(grad_TE.scatter_add(1, experts_TS, grad_TS), scores_TE)
+        return *_logits_backward(slopes_TE, x_TD, weight_ED), None
 
 
 class Router(nn.Module):
