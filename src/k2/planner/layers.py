@@ -197,11 +197,10 @@ def _router(sizes: Sizes) -> Operation:
     """
     model, hidden = sizes.model, sizes.model.hidden_size
     experts, chosen = model.n_routed_experts, model.num_experts_per_tok
-    shares = sizes.float32(chosen + 1) if model.norm_topk_prob else 0.0
     makes = {
         "scores": sizes.float32(experts),
         "chosen": INT64 * sizes.tokens * chosen,
-        "shares": shares,
+        "shares": sizes.float32(chosen + model.norm_topk_prob),
         "weights": sizes.float32(chosen),
     }
     wide = 0.0 if sizes.item == FLOAT32 else sizes.float32(hidden)
