@@ -356,4 +356,4 @@ def rows(rounds: int) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    run(__doc__, rows, 9)
+    run(__doc__, rows, 15)

@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from k2.kernels.cpu.experts import ExpertRows, experts_backward, experts_forward
+from k2.kernels.cpu.gated_mlp import gated_mlp, gated_mlp_backward
 from k2.kernels.cpu.gemm import has_gemm, log_probabilities, outer, project, project_back
 from k2.kernels.cpu.newton_schulz import newton_schulz
+from k2.kernels.cpu.routing import router_scores
+from k2.model.experts import arrange
 from k2.model.projection import _in_c
 from k2.optim.schemes import SCHEMES
 
@@ -71,55 +74,85 @@ def test_not_served() -> None:
 
 def case(
     counts: list[int], hidden: int, inner: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, ExpertRows, tuple[Tensor, Tensor]]:
-    tokens, rows = 23, sum(counts)
-    generator = torch.Generator().manual_seed(3)
-    offsets = torch.tensor([0, *counts]).cumsum(0)
-    chosen = torch.randint(tokens, (rows,), generator=generator)
-    gate_up, down = (
-        torch.randn(len(counts), *shape, generator=generator).mul(0.2).bfloat16().to(dtype)
-        for shape in ((2 * inner, hidden), (hidden, inner))
-    )
-    inputs = bf16(tokens, hidden, seed=4), bf16(tokens, hidden, seed=5)
-    return *inputs, ExpertRows(chosen, torch.rand(rows, generator=generator), offsets), (gate_up, down)
+) -> tuple[tuple[Tensor, Tensor, Tensor], ExpertRows, tuple[Tensor, Tensor]]:
+    """Gradient, tokens and weights of their choices, one or a few of experts that have `counts` rows."""
+    generator, rows = torch.Generator().manual_seed(3), sum(counts)
+    choices = next(choices for choices in (3, 2, 1) if rows % choices == 0)
+    numbers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    chosen = numbers[torch.randperm(rows, generator=generator)].view(-1, choices)
+    weights = torch.rand(chosen.shape, generator=generator)
+    inputs = bf16(len(chosen), hidden, seed=4), bf16(len(chosen), hidden, seed=5), weights
+    return inputs, arrange(chosen, len(counts))[0], matrices((len(counts),), hidden, inner, dtype)
 
 
-def exact_experts(x: Tensor, rows: ExpertRows, gate_up: Tensor, down: Tensor) -> Tensor:
-    outputs = []
-    for expert, (start, stop) in enumerate(rows.offsets.unfold(0, 2, 1).tolist()):
-        gate, up = (x[rows.tokens_N[start:stop]] @ gate_up[expert].T).chunk(2, -1)
-        outputs.append((F.silu(gate) * up * rows.scale_N[start:stop, None]) @ down[expert].T)
-    return torch.cat(outputs)
+def matrices(experts: tuple[int, ...], hidden: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Gate and up, and down."""
+    shapes = (*experts, 2 * inner, hidden), (*experts, hidden, inner)
+    gate_up, down = (bf16(*shape, seed=6 + len(shape)).mul(0.2).to(dtype) for shape in shapes)
+    return gate_up, down
+
+
+def exact_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    gate, up = (x @ gate_up.T).chunk(2, -1)
+    return (F.silu(gate) * up) @ down.T
+
+
+def exact_experts(x: Tensor, weights: Tensor, rows: ExpertRows, gate_up: Tensor, down: Tensor) -> Tensor:
+    outputs = [
+        exact_mlp(x[rows.tokens_N[start:stop]], gate_up[expert], down[expert])
+        for expert, (start, stop) in enumerate(rows.offsets.unfold(0, 2, 1).tolist())
+    ]
+    return (torch.cat(outputs)[rows.slots_TS] * weights[..., None]).sum(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("counts", "hidden", "inner"),
-    [([3, 0, 7, 1], 16, 8), ([129, 40, 0], 72, 22), ([0, 0, 5], 130, 66)],
+    [([3, 0, 7, 2], 16, 8), ([129, 40, 0], 72, 22), ([0, 0, 5], 130, 66)],
     ids=["small", "large", "wide"],
 )
 def test_experts(counts: list[int], hidden: int, inner: int, dtype: torch.dtype) -> None:
     """Outputs and all gradients; experts without rows have zero gradients."""
-    x, grad, rows, weights = case(counts, hidden, inner, dtype)
-    gate_up, output = experts_forward(x, rows, *weights)
-    found = experts_backward(grad, x, rows, *weights, gate_up)
-    leaves = [tensor.double().requires_grad_() for tensor in (x, rows.scale_N, *weights)]
-    exact = exact_experts(leaves[0], ExpertRows(rows.tokens_N, leaves[1], rows.offsets), *leaves[2:])
+    (grad, x, weights), rows, stacked = case(counts, hidden, inner, dtype)
+    gate_up, output = experts_forward(x, weights, rows, *stacked)
+    found = experts_backward(grad, x, weights, rows, *stacked, gate_up)
+    leaves = [tensor.double().requires_grad_() for tensor in (x, weights, *stacked)]
+    exact = exact_experts(*leaves[:2], rows, *leaves[2:])
     # Every value of a row is rounded three times on its way: bounds are relative to the largest value.
-    wanted = torch.autograd.grad(exact, leaves, grad.double()[rows.tokens_N])
-    by_rows = torch.zeros_like(x, dtype=torch.float64).index_add_(0, rows.tokens_N, found[0].double())
-    for got, value in zip([output, by_rows, *found[1:]], [exact.detach(), *wanted], strict=True):
+    wanted = torch.autograd.grad(exact, leaves, grad.double())
+    for got, value in zip([output, *found], [exact.detach(), *wanted], strict=True):
         assert got.shape == value.shape
         assert (got.double() - value).abs().max() <= 3 * HALF_STEP * value.abs().max()
     for grads in found[2:]:
         assert not any(grads[expert].any() for expert, count in enumerate(counts) if not count)
 
 
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 200), hidden=EVEN, inner=EVEN, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_gated_mlp(rows: int, hidden: int, inner: int, dtype: torch.dtype) -> None:
+    """Output and gradients, of some or no whole blocks of rows."""
+    x, grad, weights = bf16(rows, hidden), bf16(rows, hidden, seed=1), matrices((), hidden, inner, dtype)
+    gate_up, output = gated_mlp(x, *weights)
+    found = gated_mlp_backward(grad, x, *weights, gate_up)
+    leaves = [tensor.double().requires_grad_() for tensor in (x, *weights)]
+    exact = exact_mlp(*leaves)
+    wanted = torch.autograd.grad(exact, leaves, grad.double())
+    for got, value in zip([output, *found], [exact.detach(), *wanted], strict=True):
+        assert got.shape == value.shape
+        assert (got.double() - value).abs().max() <= 4 * HALF_STEP * value.abs().max()
+
+
 def test_gate_and_up_computed_again() -> None:
-    x, grad, rows, weights = case([9, 0, 4], 32, 12, torch.float32)
-    gate_up, _ = experts_forward(x, rows, *weights)
-    kept, again = (experts_backward(grad, x, rows, *weights, given) for given in (gate_up, None))
+    (grad, x, weights), rows, stacked = case([9, 0, 4], 32, 12, torch.float32)
+    gate_up, _ = experts_forward(x, weights, rows, *stacked)
+    kept, again = (experts_backward(grad, x, weights, rows, *stacked, given) for given in (gate_up, None))
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    mlp = matrices((), 32, 12, torch.float32)
+    gate_up, _ = gated_mlp(x, *mlp)
+    apart = torch.cat([gate_up, gate_up], dim=1)[:, : gate_up.shape[1]]
+    kept, *others = (gated_mlp_backward(grad, x, *mlp, given) for given in (gate_up, apart, None))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(kept, other, strict=True))
 
 
 @pytest.fixture
@@ -130,13 +163,17 @@ def threads() -> Iterator[None]:
 
 
 def test_threads_change_no_bit(threads: None) -> None:
-    x, grad, rows, weights = case([200, 31, 0, 77, 5], 64, 96, torch.float32)
+    (grad, x, weights), rows, stacked = case([200, 31, 0, 77, 5], 64, 96, torch.float32)
     found = []
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        matrices = newton_schulz(bf16(7, 66, 40), SCHEMES["polar_express"].runs, tight=True)
-        gate_up, output = experts_forward(x, rows, *weights)
-        products = project(x, weights[1][0].T), project_back(grad, weights[1][0]), outer(grad, x, torch.float32)
-        found.append([output, *experts_backward(grad, x, rows, *weights, gate_up), *products, matrices])
+        orthogonal = newton_schulz(bf16(7, 66, 40), SCHEMES["polar_express"].runs, tight=True)
+        gate_up, output = experts_forward(x, weights, rows, *stacked)
+        of_experts = output, *experts_backward(grad, x, weights, rows, *stacked, gate_up)
+        mlp = stacked[0][0], stacked[1][0]
+        gate_up, output = gated_mlp(x, *mlp)
+        of_mlp = output, *gated_mlp_backward(grad, x, *mlp, gate_up)
+        products = project(x, mlp[0]), project_back(grad, mlp[1]), outer(grad, x, torch.float32)
+        found.append([*of_experts, *of_mlp, *products, router_scores(x, mlp[0][:33].float()), orthogonal])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from k2.config.model import ModelConfig
 from k2.kernels.cpu.build import library
-from k2.kernels.cpu.routing import choose_experts, sparse_outer, sparse_project_back
+from k2.kernels.cpu.experts import ExpertRows
+from k2.kernels.cpu.routing import choose_experts, router_scores, sparse_outer, sparse_project_back
 from k2.model.backend import use_kernels
-from k2.model.experts import Blocks, arrange
+from k2.model.experts import arrange
 from k2.model.moe import Router
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C compiler")
@@ -50,6 +51,15 @@ def test_rows_are_ordered_by_expert(tokens: int, experts: int, choices: int) -> 
     assert _parts(found) == _parts(expected)
 
 
+@given(tokens=SIZES["tokens"], experts=st.integers(1, 150), width=st.integers(1, 150))
+def test_scores_of_a_router(tokens: int, experts: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    x_TD = torch.randn(tokens, width, generator=generator).bfloat16()
+    weight_ED = torch.randn(experts, width, generator=generator)
+    exact_TE = (x_TD.double() @ weight_ED.double().T).sigmoid()
+    assert (router_scores(x_TD, weight_ED) - exact_TE).abs().max() <= 1e-5
+
+
 @given(**SIZES, width=st.integers(1, 150))
 def test_products_with_a_sparse_matrix(tokens: int, experts: int, choices: int, width: int) -> None:
     choices, generator = min(choices, experts), torch.Generator().manual_seed(tokens)
@@ -80,6 +90,5 @@ def test_the_router_has_the_same_gradients_in_c(asked: tuple[bool, bool]) -> Non
         torch.testing.assert_close(found, expected, rtol=2**-7, atol=1e-5)
 
 
-def _parts(blocks: Blocks) -> list[object]:
-    tensors: tuple[Tensor, ...] = (blocks.slots_TS, blocks.source_N, blocks.tokens_N, blocks.offsets)
-    return [tensor.tolist() for tensor in tensors]
+def _parts(found: tuple[ExpertRows, Tensor]) -> list[object]:
+    return [tensor.tolist() for tensor in (*found[0], found[1])]

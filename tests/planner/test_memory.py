@@ -4,11 +4,13 @@ Nothing here is fitted: rows of `k2.planner.layers` describe the code, and a row
 """
 
 from collections.abc import Iterator
+from ctypes import c_long
 from dataclasses import replace
 from math import ceil
 from typing import Any
 
 import pytest
+import torch
 
 from k2.config.load import load_config
 from k2.config.pretrain import PretrainConfig
@@ -135,13 +137,17 @@ def test_constants_are_those_of_the_engine() -> None:
 
 @pytest.mark.parametrize("context", [1, 47, 256, 2049])
 def test_threads_own_memory_is_that_of_the_engine(context: int) -> None:
-    """For attention, and for experts with the mean number of rows."""
+    """For attention, for a gated MLP, and for experts with the mean number of rows."""
     config = load_config("small").pretrain.model_copy(update={"context_length": context})
     sizes = Sizes.of(config, Layout(micro_batch_tokens=context), cpu=True)
     model, kernels = config.model, library()
     assert kernels is not None
     attention = kernels.causal_scratch(context, model.qk_head_dim, model.v_head_dim)
     assert layers.causal_scratch(sizes) == pytest.approx(2 * attention, rel=0.01)
+    assert kernels.gated_mlp_scratch(1) == 6 * layers.MLP_BLOCK
     rows = ceil(context * model.num_experts_per_tok / model.n_routed_experts)
-    experts = kernels.experts_scratch(rows, model.hidden_size, model.moe_intermediate_size)
-    assert layers.experts_scratch(sizes) == pytest.approx(2 * experts, rel=0.01)
+    offsets = torch.tensor([0, rows])
+    widths = c_long(offsets.data_ptr()), 1, model.hidden_size, model.moe_intermediate_size
+    for backward in (False, True):
+        experts = kernels.experts_scratch(*widths, backward)
+        assert layers.experts_scratch(sizes, backward) == pytest.approx(2 * experts, rel=0.01)

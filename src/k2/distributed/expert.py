@@ -139,14 +139,14 @@ class ExpertParallel:
 
     def __call__(self, x_TD: Tensor, routing: Routing, experts: Experts) -> Callable[[], Tensor]:
         """Send tokens to their experts' ranks; the result computes what arrived here and sends it back."""
-        blocks = arrange(routing.experts_TS, routing.scores_TE.shape[1])
-        sent_PE = blocks.offsets.diff().view(self._group.size(), -1)
+        rows, pairs_N = arrange(routing.experts_TS, routing.scores_TE.shape[1])
+        sent_PE = rows.offsets.diff().view(self._group.size(), -1)
         received_PE = torch.empty_like(sent_PE)
         with collective("numbers of tokens", [sent_PE]):
             dist.all_to_all_single(received_PE, sent_PE, group=self._group)
         sizes = sent_PE.sum(1).tolist(), received_PE.sum(1).tolist()
-        tokens = Journey(Exchange(self._group, blocks.tokens_N, blocks.slots_TS, *sizes))
-        pairs = Journey(Exchange(self._group, blocks.source_N, blocks.slots_TS.view(-1, 1), *sizes))
+        tokens = Journey(Exchange(self._group, rows.tokens_N, rows.slots_TS, *sizes))
+        pairs = Journey(Exchange(self._group, pairs_N, rows.slots_TS.view(-1, 1), *sizes))
         x_MD, weights_M1 = tokens.depart(x_TD), pairs.depart(routing.weights_TS.reshape(-1, 1))
         numbers = torch.arange(sent_PE.shape[1], device=x_TD.device).repeat(len(sent_PE))
         chosen_M1 = numbers.repeat_interleave(received_PE.flatten())[:, None]

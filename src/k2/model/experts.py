@@ -23,29 +23,17 @@ from k2.model.layers import gated, gated_backward
 GROUP_ROWS = 256  # experts pass through the layer together until they have so many rows
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """Rows ordered by expert: `slots_TS` is the row of each (token, choice), `source_N` the pair of each row.
-
-    `tokens_N` is the token of each row; expert e has the rows `offsets[e]` to `offsets[e + 1]`.
-    """
-
-    slots_TS: Tensor
-    source_N: Tensor
-    tokens_N: Tensor
-    offsets: Tensor
-
-
-def arrange(experts_TS: Tensor, count: int) -> Blocks:
-    """Order (token, choice) pairs by expert, pairs of one expert in token order."""
+def arrange(experts_TS: Tensor, count: int) -> tuple[ExpertRows, Tensor]:
+    """Order (token, choice) pairs by expert, those of one expert in token order; and the pair of each row, [N]."""
     if orders_in_c(experts_TS):
-        return Blocks(*order_by_expert(experts_TS, count))
+        slots_TS, pairs_N, tokens_N, offsets = order_by_expert(experts_TS, count)
+        return ExpertRows(slots_TS, tokens_N, offsets), pairs_N
     chosen = experts_TS.flatten()
-    order = chosen.argsort(stable=True)
-    slots = torch.empty_like(order)
-    slots[order] = torch.arange(len(order), device=order.device)
+    pairs_N = chosen.argsort(stable=True)
+    slots = torch.empty_like(pairs_N)
+    slots[pairs_N] = torch.arange(len(pairs_N), device=pairs_N.device)
     offsets = F.pad(torch.bincount(chosen, minlength=count).cumsum(0), (1, 0))
-    return Blocks(slots.view_as(experts_TS), order, order // experts_TS.shape[1], offsets)
+    return ExpertRows(slots.view_as(experts_TS), pairs_N // experts_TS.shape[1], offsets), pairs_N
 
 
 class _RoutedExperts(torch.autograd.Function):
@@ -57,33 +45,29 @@ class _RoutedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_TS: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, blocks: Blocks, keep: Keep
+        ctx: Any, x_TD: Tensor, weights_TS: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, rows: ExpertRows, keep: Keep
     ) -> Tensor:
-        rows = ExpertRows(blocks.tokens_N, weights_TS.flatten().index_select(0, blocks.source_N), blocks.offsets)
         ctx.in_c = runs_in_c(x_TD) and serves_gemm(gate_up_EGD, down_EDF)
-        gate_up_NG, output_ND = (experts_forward if ctx.in_c else _forward)(x_TD, rows, gate_up_EGD, down_EDF)
-        ctx.offsets, ctx.slots_TS = blocks.offsets, blocks.slots_TS
-        ctx.save_for_backward(x_TD, rows.tokens_N, rows.scale_N, gate_up_EGD, down_EDF, keep(gate_up_NG))
-        return F.embedding_bag(blocks.slots_TS, output_ND, mode="sum")
+        gate_up_NG, out_TD = (experts_forward if ctx.in_c else _forward)(x_TD, weights_TS, rows, gate_up_EGD, down_EDF)
+        ctx.slots_TS, ctx.offsets = rows.slots_TS, rows.offsets
+        ctx.save_for_backward(x_TD, weights_TS, rows.tokens_N, gate_up_EGD, down_EDF, keep(gate_up_NG))
+        return out_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, tokens_N, scale_N, gate_up_EGD, down_EDF, kept_NG = ctx.saved_tensors
-        rows = ExpertRows(tokens_N, scale_N, ctx.offsets)
+        x_TD, weights_TS, tokens_N, gate_up_EGD, down_EDF, kept_NG = ctx.saved_tensors
+        rows = ExpertRows(ctx.slots_TS, tokens_N, ctx.offsets)
         backward = experts_backward if ctx.in_c else _backward
-        grad_ND, grad_scale_N, *grads = backward(grad_TD, x_TD, rows, gate_up_EGD, down_EDF, kept_NG)
-        grad_x_TD = F.embedding_bag(ctx.slots_TS, grad_ND, mode="sum")
-        grad_weights_TS = grad_scale_N.index_select(0, ctx.slots_TS.flatten()).view_as(ctx.slots_TS)
-        return grad_x_TD, grad_weights_TS, *grads, None, None
+        return *backward(grad_TD, x_TD, weights_TS, rows, gate_up_EGD, down_EDF, kept_NG), None, None
 
 
 def routed_experts(
-    x_TD: Tensor, weights_TS: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, blocks: Blocks, keep: Keep
+    x_TD: Tensor, weights_TS: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, rows: ExpertRows, keep: Keep
 ) -> Tensor:
     """Weighted sum of the chosen experts' outputs, [T, D]; what `keep` drops of gate and up is computed again."""
     result: Tensor = _RoutedExperts.apply(  # type: ignore[no-untyped-call]
-        x_TD, weights_TS, gate_up_EGD, down_EDF, blocks, keep
+        x_TD, weights_TS, gate_up_EGD, down_EDF, rows, keep
     )
     return result
 
@@ -107,25 +91,35 @@ def _groups(offsets: Tensor) -> Iterator[_Group]:
             expert, row = stop, row + rows
 
 
-def _forward(x_TD: Tensor, rows: ExpertRows, gate_up_EGD: Tensor, down_EDF: Tensor) -> tuple[Tensor, Tensor]:
+def _forward(
+    x_TD: Tensor, weights_TS: Tensor, rows: ExpertRows, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> tuple[Tensor, Tensor]:
     """`experts_forward` in torch's operators."""
     gate_up_NG = x_TD.new_empty(len(rows.tokens_N), gate_up_EGD.shape[1])
     output_ND = x_TD.new_empty(len(rows.tokens_N), x_TD.shape[1])
+    scale_N = _by_row(weights_TS, rows)
     for group in _groups(rows.offsets):
         x_rows, gate_up = x_TD.index_select(0, rows.tokens_N[group.rows]), gate_up_NG[group.rows]
         _multiply(x_rows, gate_up_EGD[group.experts].mT, group.counts, gate_up)
         # A scalar commutes with the down projection, and the inner rows are the narrower ones.
-        inner = gated(gate_up, rows.scale_N[group.rows])
+        inner = gated(gate_up, scale_N[group.rows])
         _multiply(inner, down_EDF[group.experts].mT, group.counts, output_ND[group.rows])
-    return gate_up_NG, output_ND
+    return gate_up_NG, F.embedding_bag(rows.slots_TS, output_ND, mode="sum")
 
 
 def _backward(
-    grad_TD: Tensor, x_TD: Tensor, rows: ExpertRows, gate_up_EGD: Tensor, down_EDF: Tensor, kept_NG: Tensor | None
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    weights_TS: Tensor,
+    rows: ExpertRows,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    kept_NG: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`experts_backward` in torch's operators."""
     grad_gate_up_EGD, grad_down_EDF = torch.empty_like(gate_up_EGD), torch.empty_like(down_EDF)
-    grad_scale_N, grad_ND = torch.empty_like(rows.scale_N), x_TD.new_empty(len(rows.tokens_N), x_TD.shape[1])
+    scale_N, grad_ND = _by_row(weights_TS, rows), x_TD.new_empty(len(rows.tokens_N), x_TD.shape[1])
+    grad_scale_N = torch.empty_like(scale_N)
     for group in _groups(rows.offsets):
         part, experts, counts = group.rows, group.experts, group.counts
         grad, x_rows = (tensor.index_select(0, rows.tokens_N[part]) for tensor in (grad_TD, x_TD))
@@ -136,11 +130,17 @@ def _backward(
             _multiply(x_rows, gate_up_EGD[experts].mT, counts, gate_up)
         else:
             gate_up = kept_NG[part]
-        grad_gate_up, grad_scale_N[part], inner = gated_backward(grad_inner, gate_up, rows.scale_N[part])
+        grad_gate_up, grad_scale_N[part], inner = gated_backward(grad_inner, gate_up, scale_N[part])
         _weight_gradient(grad, inner, counts, grad_down_EDF[experts])
         _weight_gradient(grad_gate_up, x_rows, counts, grad_gate_up_EGD[experts])
         _multiply(grad_gate_up, gate_up_EGD[experts], counts, grad_ND[part])
-    return grad_ND, grad_scale_N, grad_gate_up_EGD, grad_down_EDF
+    grad_weights_TS = grad_scale_N.index_select(0, rows.slots_TS.flatten()).view_as(weights_TS)
+    return F.embedding_bag(rows.slots_TS, grad_ND, mode="sum"), grad_weights_TS, grad_gate_up_EGD, grad_down_EDF
+
+
+def _by_row(weights_TS: Tensor, rows: ExpertRows) -> Tensor:
+    """Values of pairs [T, S], in the order of rows."""
+    return torch.empty_like(weights_TS).flatten().scatter_(0, rows.slots_TS.flatten(), weights_TS.flatten())
 
 
 def _multiply(rows: Tensor, weights: Tensor, counts: list[int], result: Tensor) -> None:

@@ -14,6 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from k2.kernels import cpu
+from k2.kernels.cpu.gated_mlp import gated_mlp, gated_mlp_backward
+from k2.kernels.cpu.gemm import serves_gemm
 from k2.model.activations import Call, Keep, keep_it, plain_call
 from k2.model.backend import kernels_for, runs_in_c
 from k2.model.projection import outer, project, project_back
@@ -165,20 +167,39 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up_GD: Tensor, down_DF: Tensor, keep: Keep) -> Tensor:
-        gate_up_NG = project(_rows(x), gate_up_GD)
-        ones_N = torch.ones(len(gate_up_NG), dtype=upcast(x[:0]).dtype, device=x.device)
-        ctx.save_for_backward(x, gate_up_GD, down_DF, ones_N, keep(gate_up_NG))
-        return project(gated(gate_up_NG, ones_N), down_DF).view(x.shape)
+        ctx.in_c = runs_in_c(x) and serves_gemm(gate_up_GD, down_DF)
+        gate_up_NG, out_ND = (gated_mlp if ctx.in_c else _gated_mlp)(_rows(x), gate_up_GD, down_DF)
+        ctx.save_for_backward(x, gate_up_GD, down_DF, keep(gate_up_NG))
+        return out_ND.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, gate_up_GD, down_DF, ones_N, kept_NG = ctx.saved_tensors
-        x_ND, grad_ND = _rows(x), _rows(grad)
-        gate_up_NG = project(x_ND, gate_up_GD) if kept_NG is None else kept_NG
-        grad_NG, _, inner_NF = gated_backward(project_back(grad_ND, down_DF), gate_up_NG, ones_N)
-        grad_gate_up, grad_down = outer(grad_NG, x_ND, gate_up_GD.dtype), outer(grad_ND, inner_NF, down_DF.dtype)
-        return project_back(grad_NG, gate_up_GD).view(x.shape), grad_gate_up, grad_down, None
+        x, gate_up_GD, down_DF, kept_NG = ctx.saved_tensors
+        backward = gated_mlp_backward if ctx.in_c else _gated_mlp_backward
+        grad_ND, grad_gate_up, grad_down = backward(_rows(grad), _rows(x), gate_up_GD, down_DF, kept_NG)
+        return grad_ND.view(x.shape), grad_gate_up, grad_down, None
+
+
+def _gated_mlp(x_ND: Tensor, gate_up_GD: Tensor, down_DF: Tensor) -> tuple[Tensor, Tensor]:
+    """`gated_mlp` in torch's operators."""
+    gate_up_NG = project(x_ND, gate_up_GD)
+    return gate_up_NG, project(gated(gate_up_NG, _ones(gate_up_NG)), down_DF)
+
+
+def _gated_mlp_backward(
+    grad_ND: Tensor, x_ND: Tensor, gate_up_GD: Tensor, down_DF: Tensor, kept_NG: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`gated_mlp_backward` in torch's operators."""
+    gate_up_NG = project(x_ND, gate_up_GD) if kept_NG is None else kept_NG
+    grad_NG, _, inner_NF = gated_backward(project_back(grad_ND, down_DF), gate_up_NG, _ones(gate_up_NG))
+    grad_gate_up, grad_down = outer(grad_NG, x_ND, gate_up_GD.dtype), outer(grad_ND, inner_NF, down_DF.dtype)
+    return project_back(grad_NG, gate_up_GD), grad_gate_up, grad_down
+
+
+def _ones(rows: Tensor) -> Tensor:
+    """A scale of each row."""
+    return torch.ones(len(rows), dtype=upcast(rows[:0]).dtype, device=rows.device)
 
 
 class GatedMLP(nn.Module):

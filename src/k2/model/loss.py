@@ -49,6 +49,13 @@ def _split(rows: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)  # type: ignore[no-untyped-call]
 
 
+def _scale_rows(rows_TD: Tensor, scale_T: Tensor, out_TD: Tensor) -> Tensor:
+    """Each row times its factor, into `out_TD`."""
+    if runs_in_c(rows_TD):
+        return cpu.scale_rows(rows_TD, scale_T, out_TD)
+    return torch.mul(rows_TD, scale_T[:, None], out=out_TD)
+
+
 class _TokenLogProbs(torch.autograd.Function):
     """log softmax(hidden_TD weight_VD^T) at one target per token, block by block over tokens."""
 
@@ -68,11 +75,11 @@ class _TokenLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden_TD, weight_VD, targets_T, *kept = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden_TD), None
-        for hidden, targets, scale, out in _split(ctx.rows, hidden_TD, targets_T, -grad_T[:, None], grad_hidden):
+        for hidden, targets, scale_T, out in _split(ctx.rows, hidden_TD, targets_T, -grad_T, grad_hidden):
             surplus = kept[0] if kept else _surplus(hidden, weight_VD, targets)[1]
             # The upstream gradient scales whole rows, so it is multiplied to the narrow side of both products.
-            torch.mul(project_back(surplus, weight_VD), scale, out=out)
-            term = outer(surplus, torch.mul(hidden, scale, out=torch.empty_like(hidden)), weight_VD.dtype)
+            _scale_rows(project_back(surplus, weight_VD), scale_T, out)
+            term = outer(surplus, _scale_rows(hidden, scale_T, torch.empty_like(hidden)), weight_VD.dtype)
             del surplus  # before the next rows'
             grad_weight = term if grad_weight is None else upcast(grad_weight).add_(term)
         assert grad_weight is not None  # for the type: there is at least one token

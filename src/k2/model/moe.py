@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from k2.config.model import ModelConfig
-from k2.kernels.cpu.routing import choose_experts, sparse_outer, sparse_project_back
+from k2.kernels.cpu.routing import choose_experts, router_scores, sparse_outer, sparse_project_back
 from k2.model.activations import Keep, keep_it
 from k2.model.backend import chooses_in_c, kernels_for, runs_in_c
 from k2.model.experts import arrange, routed_experts
@@ -63,7 +63,8 @@ class _Choice(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, weight_ED: Tensor, choose: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scores_TE = F.linear(upcast(x_TD), upcast(weight_ED)).sigmoid_()
+        wide_ED = upcast(weight_ED)
+        scores_TE = router_scores(x_TD, wide_ED) if runs_in_c(x_TD) else F.linear(upcast(x_TD), wide_ED).sigmoid_()
         experts_TS = choose(scores_TE)
         chosen_TS = scores_TE.gather(1, experts_TS)
         ctx.save_for_backward(x_TD, weight_ED, experts_TS, chosen_TS, scores_TE)
@@ -163,7 +164,7 @@ class Experts(nn.Module):
         if kernels := kernels_for(x_TD):
             rows = rows or kernels.arrange(experts_TS, len(down))
             return cast(Tensor, kernels.routed_experts(x_TD, weights_TS, gate_up, down, rows, self.keep_gate_up))
-        return routed_experts(x_TD, weights_TS, gate_up, down, arrange(experts_TS, len(down)), self.keep_gate_up)
+        return routed_experts(x_TD, weights_TS, gate_up, down, arrange(experts_TS, len(down))[0], self.keep_gate_up)
 
 
 class Dispatcher(Protocol):

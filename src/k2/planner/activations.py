@@ -96,7 +96,8 @@ def loss_moments(sizes: Sizes) -> Iterator[Moment]:
     counts = INT64 * sizes.tokens * model.num_experts_per_tok * model.n_routed_experts
     yield Moment(counts * sizes.balanced - head_kept(sizes), "loss: balance of experts")
     block = 0.0 if chunks == 1 else sizes.item * rows * model.vocab_size
-    back = max(2.0 * FLOAT32 * rows * model.hidden_size, sizes.panels(model.vocab_size, model.hidden_size))
+    wide = 0.0 if sizes.cpu else 2.0 * FLOAT32 * rows * model.hidden_size
+    back = max(wide, sizes.panels(model.vocab_size, model.hidden_size))
     yield Moment(one + block + part + back, "loss's gradient: hidden states")
     packed = part + sizes.panels(rows, PANEL) + sizes.panels(rows, model.hidden_size)
     term = (sizes.parameter if sizes.cpu else sizes.item) * weight

@@ -14,6 +14,8 @@ from k2.planner.operations import FLOAT32, INT64, PANEL, Form, Layer, Operation,
 
 QUERY_BLOCK = 48
 """Queries that a thread looks at together (causal.c in `k2.kernels.cpu`)."""
+MLP_BLOCK = 48
+"""Rows that a gated MLP takes through its products together (gemm.h in `k2.kernels.cpu`)."""
 NORM_ROWS = 64
 """Rows of a partial sum in the gradient of a norm's weight (`k2.kernels.cpu`)."""
 
@@ -65,13 +67,15 @@ def _fp8_forms(sizes: Sizes, dense: bool) -> dict[str, Form]:
         shared = model.intermediate_size if dense else model.moe_intermediate_size * model.n_shared_experts
         forms["gate_up"] = sizes.fp8_form(2 * shared)
         chosen = model.num_experts_per_tok
-        forms["routed_gate_up"] = sizes.fp8_form(2 * model.moe_intermediate_size, chosen, sizes.values(hidden, chosen))
+        forms["routed_gate_up"] = sizes.fp8_form(
+            2 * model.moe_intermediate_size, chosen, 0.0 if sizes.cpu else sizes.values(hidden, chosen)
+        )
     return forms
 
 
 def _norm(sizes: Sizes, name: str, source: str, made: str, width: int, whole: bool = True) -> Operation:
     """A norm keeps its input and a number a row; of a part of a tensor it takes a dense copy."""
-    partial = FLOAT32 * ceil(sizes.tokens / NORM_ROWS) * width
+    partial = FLOAT32 * ceil(sizes.tokens / NORM_ROWS) * width + FLOAT32 * width
     copy = 0.0 if whole else sizes.values(width)
     makes = {made: sizes.values(width), f"{made}_scale": sizes.float32(1)}
     saves = (source, f"{made}_scale")
@@ -155,20 +159,30 @@ def causal_scratch(sizes: Sizes) -> float:
 def _gated(sizes: Sizes, name: str, width: int, made: str) -> Operation:
     """SwiGLU between two projections, gate and up fused."""
     hidden, again = sizes.model.hidden_size, "mlp_up_projections" in sizes.recompute
-    gate_up, one = sizes.values(2 * width), sizes.float32(1)
+    gate_up = sizes.values(2 * width)
     kept = {} if again else {"gate_up": gate_up}
-    activation = sizes.values(4 * width) + one
-    first = sizes.values(3 * width) + one + _outer(sizes, 2 * width, hidden)
     both = sizes.made(2 * hidden * width) + sizes.made(hidden * width)
     stay = sizes.stays(2 * hidden * width) + sizes.stays(hidden * width)
-    back = max(_beside_outer(sizes, hidden, width), sizes.values(hidden))
-    second = sizes.values(3 * width) + one + both + max(back, sizes.values(hidden) + sizes.panels(2 * width, hidden))
     later = sizes.values(hidden) + both + sizes.summed(2 * hidden * width)
-    makes = {made: sizes.values(hidden), "ones": one} | kept
-    forward = sizes.values(width) + max(sizes.panels(hidden, 2 * width), sizes.panels(width, hidden)) + gate_up * again
-    backward = max(max(activation, first, second) + gate_up * again, later)
-    saves = ("normed_again", "ones", *kept)
-    return Operation(name, ("normed_again",), makes, saves, stay, forward, backward)
+    forward, backward = (_gated_blocks if sizes.cpu else _gated_rows)(sizes, width, both, again)
+    makes, saves = {made: sizes.values(hidden)} | kept, ("normed_again", *kept)
+    return Operation(name, ("normed_again",), makes, saves, stay, forward + gate_up * again, max(backward, later))
+
+
+def _gated_blocks(sizes: Sizes, width: int, both: float, again: bool) -> tuple[float, float]:
+    """On a CPU: packed weights, and a block of rows between products; `both` are gradients of weights."""
+    hidden, block = sizes.model.hidden_size, float(sizes.item * MLP_BLOCK * 6 * width)
+    up, back = sizes.panels(hidden, 2 * width), sizes.panels(2 * width, hidden) + sizes.panels(hidden, width)
+    columns = sum(sizes.panels(sizes.tokens, each) for each in (hidden, hidden, 2 * width, width))
+    return up + sizes.panels(width, hidden) + block, sizes.values(hidden) + both + up * again + back + columns + block
+
+
+def _gated_rows(sizes: Sizes, width: int, both: float, again: bool) -> tuple[float, float]:
+    """Elsewhere: all rows at once, and a scale for each."""
+    hidden, inner, scale = sizes.model.hidden_size, sizes.values(3 * width), sizes.float32(1)
+    second = both + max(_beside_outer(sizes, hidden, width), sizes.values(hidden))
+    most = max(sizes.values(width), _outer(sizes, 2 * width, hidden), second)
+    return sizes.values(width) + scale, inner + scale + most + sizes.values(2 * width) * again
 
 
 def _dense(sizes: Sizes) -> Iterator[Operation]:
@@ -191,7 +205,7 @@ def _mixture(sizes: Sizes) -> Iterator[Operation]:
 
 
 def _router(sizes: Sizes) -> Operation:
-    """Scores in float32 from an input that is widened for a while, and the weights of those chosen.
+    """Scores in float32 and those of the chosen, from a widened input, or on a CPU from transposed weights.
 
     The gradient reaches all scores where there is a balance loss, and else those that were chosen.
     """
@@ -204,12 +218,13 @@ def _router(sizes: Sizes) -> Operation:
         "weights": sizes.float32(chosen),
     }
     wide = 0.0 if sizes.item == FLOAT32 else sizes.float32(hidden)
+    forward = float(FLOAT32 * hidden * padded(experts)) if sizes.cpu else wide
     saves = ("normed_again", "scores", "chosen", "shares")
     gradient = FLOAT32 * experts * hidden
     dense = sizes.float32(experts + hidden) + max(wide, sizes.values(hidden))
     sparse = sizes.float32(2 * chosen) + sizes.values(hidden)
     backward = gradient + (sparse if sizes.cpu and not sizes.balanced else dense)
-    return Operation("router", ("normed_again",), makes, saves, gradient * sizes.fresh, wide, backward)
+    return Operation("router", ("normed_again",), makes, saves, gradient * sizes.fresh, forward, backward)
 
 
 def _routed(sizes: Sizes) -> Operation:
@@ -220,25 +235,31 @@ def _routed(sizes: Sizes) -> Operation:
     made, stay = (each(gate_up_weights) + each(down_weights) for each in (sizes.made, sizes.stays))
     again = "mlp_up_projections" in sizes.recompute
     gate_up, rows = sizes.values(2 * width, chosen), sizes.values(hidden, chosen)
-    order = INT64 * sizes.tokens * chosen
-    makes = {"routed": sizes.values(hidden), "row_weights": sizes.float32(chosen), "row_tokens": float(order)}
+    order, weights = INT64 * sizes.tokens * chosen, sizes.float32(chosen)
+    makes = {"routed": sizes.values(hidden), "row_tokens": float(order)} | (
+        {} if sizes.cpu else {"row_weights": weights}
+    )
     kept = {} if again else {"routed_gate_up": gate_up}
     if sizes.ep > 1:
         kept["rows"] = sizes.fp8_form(hidden, chosen).kept if sizes.fp8 else rows
     bag = order + 2.0 * INT64 * sizes.tokens
-    inside = experts_scratch(sizes) if sizes.cpu else sizes.values(2 * hidden + 4 * width, chosen)
-    grads = made + sizes.float32(chosen)
-    product = grads + rows + max(inside + gate_up * again * (not sizes.cpu), sizes.values(hidden) + bag)
-    summed = grads + sizes.values(hidden) + sizes.summed(gate_up_weights)
-    saves, forward = ("normed_again", "row_weights", "row_tokens", *kept), rows + max(bag, inside) + gate_up * again
+    summed = made + weights + sizes.values(hidden) + sizes.summed(gate_up_weights)
+    if sizes.cpu:
+        forward = rows + weights + experts_scratch(sizes, False) + gate_up * again
+        product = made + sizes.values(hidden) + 3 * weights + rows + experts_scratch(sizes, True)
+    else:
+        inside = sizes.values(2 * hidden + 4 * width, chosen)
+        forward = rows + max(bag, inside) + gate_up * again
+        product = made + weights + rows + max(inside + gate_up * again, sizes.values(hidden) + bag)
+    saves = ("normed_again", "weights" if sizes.cpu else "row_weights", "row_tokens", *kept)
     reads = ("normed_again", "weights")
     return Operation("routed", reads, makes | kept, saves, stay, forward, max(product, summed))
 
 
-def experts_scratch(sizes: Sizes) -> float:
+def experts_scratch(sizes: Sizes, backward: bool) -> float:
     """What one thread works with, for an expert with the mean number of rows (`k2.kernels.cpu.experts`)."""
     model, hidden, inner = sizes.model, sizes.model.hidden_size, sizes.model.moe_intermediate_size
     wide, middle, narrow = (padded(width) for width in (hidden, 2 * inner, inner))
     each = ceil(sizes.tokens * model.num_experts_per_tok * sizes.ep / model.n_routed_experts)
-    rows = each * (6 * inner + max(wide, middle) + max(wide, narrow))
+    rows = each * (6 * inner + max(wide, middle) + max(wide, narrow) if backward else inner)
     return float(sizes.item * (rows + wide * middle))

@@ -23,7 +23,8 @@ _REAL: Final = (Tensor, nn.Parameter)
 _TYPES: Final = {"p": ctypes.c_void_p, "n": ctypes.c_long, "x": ctypes.c_float}
 _SIGNATURES: Final = {
     "rms_norm": "ppppnnx",
-    "rms_norm_backward": "ppppppnn",
+    "rms_norm_backward": "pppppppnn",
+    "scale_rows": "pppnn",
     "gated": "pppnn",
     "gated_backward": "ppppppnn",
     "causal_softmax": "pppnnnnnn",
@@ -42,12 +43,15 @@ _SIGNATURES: Final = {
     "newton_schulz": "p" * 4 + "n" * 7,
     "causal_attention": "p" * 8 + "n" * 6 + "x",
     "causal_attention_backward": "p" * 10 + "n" * 6 + "x",
+    "router_scores": "ppppnnn",
     "choose_experts": "pppnnn",
     "order_by_expert": "pppppnnn",
     "sparse_project_back": "ppppnnn",
     "sparse_outer": "ppppnnnn",
-    "experts_forward": "p" * 9 + "n" * 6,
-    "experts_backward": "p" * 13 + "n" * 6,
+    "gated_mlp": "p" * 8 + "n" * 5,
+    "gated_mlp_backward": "p" * 16 + "n" * 5,
+    "experts_forward": "p" * 12 + "n" * 7,
+    "experts_backward": "p" * 17 + "n" * 7,
 }
 
 
@@ -103,14 +107,22 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor
 def rms_norm_backward(grad_ND: Tensor, x_ND: Tensor, weight_D: Tensor, scale_N1: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients by x and by the weight."""
     grad_ND, x_ND, weight_D = _dense(grad_ND, x_ND, weight_D)
-    grad_x, partial = torch.empty_like(x_ND), weight_D.new_empty(-(-len(x_ND) // PARTIAL_ROWS), len(weight_D))
-    _run("rms_norm_backward", grad_ND, x_ND, weight_D, scale_N1, grad_x, partial, *x_ND.shape)
-    return grad_x, partial.sum(0)
+    grad_x, grad_weight = torch.empty_like(x_ND), torch.empty_like(weight_D)
+    partial = weight_D.new_empty(-(-len(x_ND) // PARTIAL_ROWS), len(weight_D))
+    _run("rms_norm_backward", grad_ND, x_ND, weight_D, scale_N1, grad_x, grad_weight, partial, *x_ND.shape)
+    return grad_x, grad_weight
 
 
-def gated(gate_up_NG: Tensor, scale_N: Tensor | None = None) -> Tensor:
-    """silu(first half) * second half of each row, times the row's float32 scale if there is one."""
-    (gate_up_NG,) = _dense(gate_up_NG)
+def scale_rows(x_ND: Tensor, scale_N: Tensor, out_ND: Tensor) -> Tensor:
+    """Each row times its float32 factor, into a dense `out_ND`."""
+    x_ND, scale_N = _dense(x_ND, scale_N)
+    _run("scale_rows", x_ND, scale_N, out_ND, *x_ND.shape)
+    return out_ND
+
+
+def gated(gate_up_NG: Tensor, scale_N: Tensor) -> Tensor:
+    """silu(first half) * second half of each row, times the row's float32 scale."""
+    gate_up_NG, scale_N = _dense(gate_up_NG, scale_N)
     rows, width = gate_up_NG.shape
     out_NF = gate_up_NG.new_empty(rows, width // 2)
     _run("gated", gate_up_NG, scale_N, out_NF, *out_NF.shape)

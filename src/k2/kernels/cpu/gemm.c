@@ -10,28 +10,14 @@
 
 void surplus(bf16 *logits, const int64_t *targets, float *log_probs, long tokens, long vocabulary);
 
-#define BLOCK (32 * TILE)  // rows that a thread multiplies at once
+#define MANY (32 * TILE)  // rows that a thread multiplies at once
 
 long has_gemm(void) { return 1; }
 
-// `panels_of_rows` and `panels_of_columns` by all threads, a panel each.
-static void pack_rows(matrix m, long rows, pair *panels) {
-#pragma omp for schedule(static)
-    for (long row = 0; row < rows; row += PANEL)
-        panels_of_rows(below(m, row), lesser(PANEL, rows - row), in_panel(panels, row, m.width / 2));
-}
-
-static void pack_columns(matrix m, long rows, pair *panels) {
-#pragma omp for schedule(static)
-    for (long column = 0; column < m.width; column += PANEL)
-        panels_of_columns(m, rows, column, lesser(PANEL, m.width - column), in_panel(panels, column, (rows + 1) / 2));
-}
-
 static void multiply(const bf16 *x, long rows, const pair *panels, long outputs, long pairs, bf16 *out) {
 #pragma omp for schedule(static)
-    for (long row = 0; row < rows; row += BLOCK)
-        product(rows_of(x + row * 2 * pairs, 2 * pairs), lesser(BLOCK, rows - row), (right){panels, pairs}, outputs, pairs,
-                out + row * outputs, NARROW, EVERYWHERE, NULL);
+    for (long row = 0; row < rows; row += MANY)
+        times(x + row * 2 * pairs, lesser(MANY, rows - row), 2 * pairs, panels, outputs, out + row * outputs);
 }
 
 // out [N, O] = x [N, I] times the transpose of weights [O, I].
@@ -50,16 +36,14 @@ void project(const bf16 *x, const void *weight, bf16 *out, pair *panels, long ro
 void log_probabilities(const bf16 *x, const void *weight, const int64_t *targets, bf16 *out, float *log_probs,
                        pair *panels, long rows, long inputs, long outputs, long wide) {
     matrix weights = {weight, inputs, wide, NULL};
-    long pairs = inputs / 2, block = 8 * TILE;
 #pragma omp parallel
     {
         pack_rows(weights, outputs, panels);
 #pragma omp for schedule(static)
-        for (long row = 0; row < rows; row += block) {
-            long count = lesser(block, rows - row);
+        for (long row = 0; row < rows; row += BLOCK) {
+            long count = lesser(BLOCK, rows - row);
             bf16 *logits = out + row * outputs;
-            product(rows_of(x + row * inputs, inputs), count, (right){panels, pairs}, outputs, pairs, logits, NARROW,
-                    EVERYWHERE, NULL);
+            times(x + row * inputs, count, inputs, panels, outputs, logits);
             surplus(logits, targets + row, log_probs + row, count, outputs);
         }
     }

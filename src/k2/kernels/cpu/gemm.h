@@ -14,6 +14,7 @@
 #define PANEL (VECTORS * LANES)
 #define LINE 64  // bytes that caches read at once
 #define EVERYWHERE (1L << 40)
+#define BLOCK (8 * TILE)  // rows that stay in a core's caches: even, so that pairs of rows do not cross its end
 
 typedef uint32_t pair;
 
@@ -232,4 +233,22 @@ static void product_of_panels(const pair *lefts, long rows, right b, long column
     for (long row = 0; row < rows; row += PANEL)
         product((left){lefts + row * b.pairs, 1, PANEL, NULL}, lesser(PANEL, rows - row), b, columns, b.pairs,
                 (char *)out + row * columns * (form == NARROW ? 2 : 4), form, diagonal + row, soon);
+}
+
+// `panels_of_rows` and `panels_of_columns` by all threads, a panel each.
+static inline void pack_rows(matrix m, long rows, pair *panels) {
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; row += PANEL)
+        panels_of_rows(below(m, row), lesser(PANEL, rows - row), in_panel(panels, row, m.width / 2));
+}
+
+static inline void pack_columns(matrix m, long rows, pair *panels) {
+#pragma omp for schedule(static)
+    for (long column = 0; column < m.width; column += PANEL)
+        panels_of_columns(m, rows, column, lesser(PANEL, m.width - column), in_panel(panels, column, (rows + 1) / 2));
+}
+
+// out [rows, columns] = x [rows, width] times a packed factor.
+static inline void times(const bf16 *x, long rows, long width, const pair *panels, long columns, bf16 *out) {
+    product(rows_of(x, width), rows, (right){panels, width / 2}, columns, width / 2, out, NARROW, EVERYWHERE, NULL);
 }

@@ -21,9 +21,9 @@ void rms_norm(const bf16 *x, const float *weight, bf16 *out, float *scale, long 
     }
 }
 
-// Gradients by x and, one row of `partial` for every ROWS rows, by the weight.
+// Gradients by x and by the weight; `partial` is memory for a row of sums for every ROWS rows.
 void rms_norm_backward(const bf16 *grad, const bf16 *x, const float *weight, const float *scale, bf16 *grad_x,
-                       float *partial, long rows, long width) {
+                       float *grad_weight, float *partial, long rows, long width) {
 #pragma omp parallel for schedule(static)
     for (long first = 0; first < rows; first += ROWS) {
         float *total = partial + first / ROWS * width;
@@ -43,13 +43,24 @@ void rms_norm_backward(const bf16 *grad, const bf16 *x, const float *weight, con
                 store(to + i, direct + load(v + i, n) * share, n);)
         }
     }
+    EACH(width,
+        floats total = {0};
+        for (long part = 0; part < (rows + ROWS - 1) / ROWS; part++) total += load_wide(partial + part * width + i, n);
+        store_wide(grad_weight + i, total, n);)
 }
 
-// silu(first half) * second half of each row, times the row's scale if there are any: [N, 2F] -> [N, F].
+// Each row times its factor.
+void scale_rows(const bf16 *x, const float *scale, bf16 *out, long rows, long width) {
+#pragma omp parallel for schedule(static)
+    for (long row = 0; row < rows; row++)
+        EACH(width, store(out + row * width + i, load(x + row * width + i, n) * scale[row], n);)
+}
+
+// silu(first half) * second half of each row, times the row's scale: [N, 2F] -> [N, F].
 void gated(const bf16 *gate_up, const float *scale, bf16 *out, long rows, long inner) {
 #pragma omp parallel for schedule(static)
     for (long row = 0; row < rows; row++)
-        gated_row(gate_up + row * 2 * inner, scale ? scale[row] : 1.0f, out + row * inner, inner);
+        gated_row(gate_up + row * 2 * inner, scale[row], out + row * inner, inner);
 }
 
 // Gradients by gate, up and scale, and the output once more.

@@ -4,8 +4,46 @@
 #include <stdlib.h>
 #include "vectors.h"
 
+#define ABOVE (LANES == 16 ? 6 : 4)       // tokens and experts whose scores are summed at once, in registers
+#define SIDE ((LANES == 16 ? 4 : 2) * LANES)
 #define TOGETHER 4            // tokens whose searches overlap: each waits for its last choice
 #define COLUMNS (4 * LANES)  // of a weight's gradient that one thread sums: fixed, though it changes no sum
+
+// Scores [T, E], sigmoid(x weights^T) in float32, of x [T, D] and weights [E, D]; `columns` is memory for their transpose,
+// whose rows have whole sides: never wider than a panel of gemm.h.
+void router_scores(const bf16 *x, const float *weight, float *scores, float *columns, long tokens, long experts,
+                   long width) {
+    long room = (experts + SIDE - 1) / SIDE * SIDE;
+#pragma omp parallel
+    {
+        float *rows = malloc(ABOVE * width * sizeof *rows);
+#pragma omp for schedule(static)
+        for (long i = 0; i < width; i++)
+            for (long e = 0; e < room; e++) columns[i * room + e] = e < experts ? weight[e * width + i] : 0.0f;
+#pragma omp for schedule(static)
+        for (long first = 0; first < tokens; first += ABOVE) {
+            long count = lesser(ABOVE, tokens - first);
+            for (long t = 0; t < ABOVE; t++) {
+                const bf16 *from = x + lesser(first + t, tokens - 1) * width;
+                EACH(width, store_wide(rows + t * width + i, load(from + i, n), n);)
+            }
+            for (long e = 0; e < experts; e += SIDE) {
+                floats sums[ABOVE][SIDE / LANES] = {0};
+                for (long i = 0; i < width; i++)
+#pragma GCC unroll 6
+                    for (int t = 0; t < ABOVE; t++)
+#pragma GCC unroll 4
+                        for (int v = 0; v < SIDE / LANES; v++)
+                            sums[t][v] += rows[t * width + i] * load_wide(columns + i * room + e + v * LANES, LANES);
+                for (long t = 0; t < count; t++)
+                    for (long v = 0; v < SIDE / LANES && e + v * LANES < experts; v++)
+                        store_wide(scores + (first + t) * experts + e + v * LANES, sigmoid(sums[t][v]),
+                                   lesser(LANES, experts - e - v * LANES));
+            }
+        }
+        free(rows);
+    }
+}
 
 // The S experts with the largest scores plus bias, best first, lower numbers first among equals: [T, S] of [T, E].
 void choose_experts(const float *scores, const float *bias, int64_t *chosen, long tokens, long experts, long choices) {

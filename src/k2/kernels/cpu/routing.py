@@ -7,6 +7,17 @@ import torch
 from torch import Tensor
 
 from k2.kernels.cpu import _run
+from k2.kernels.cpu.gemm import padded
+
+
+def router_scores(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """sigmoid(x weight^T) [T, E] in float32, of bfloat16 tokens and a float32 weight."""
+    x_TD, weight_ED = x_TD.contiguous(), weight_ED.contiguous()
+    experts, width = weight_ED.shape
+    scores_TE = weight_ED.new_empty(len(x_TD), experts)
+    columns = weight_ED.new_empty(width, padded(experts))
+    _run("router_scores", x_TD, weight_ED, scores_TE, columns, len(x_TD), experts, width)
+    return scores_TE
 
 
 def choose_experts(scores_TE: Tensor, bias_E: Tensor, choices: int) -> Tensor:
