@@ -104,7 +104,7 @@ def wheelhouse() -> Path:
             subprocess.run([*pip, "--no-deps", "--requirement", "requirements-nodeps.lock"], cwd=ROOT, check=True)
             for built in Path(partial).glob("k2-*.whl"):
                 built.unlink()
-            shutil.copytree(partial, folder)
+            Path(partial).rename(folder)
     return folder
 
 

@@ -5,6 +5,7 @@
 Brings Debian's container tools, and has a Docker daemon of its own run a static program that every Debian has.
 """
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -15,10 +16,17 @@ from tests.e2e_containers.prepare import install
 
 PROGRAM = "/sbin/ldconfig"
 NAMESPACES = ("unshare", "--net", "--mount", "sh", "-c", "ip link set lo up && mount -t tmpfs none /mnt")
+WORK = ("/tmp", "/var/tmp", "/var/lib", "/root")
+FREE_BYTES = 14_000_000_000
+"""What building the images and running the CPU image takes at its most, and a quarter more."""
 
 
 def missing() -> str:
     """What this machine lacks; empty when it can run containers."""
+    free = {folder: shutil.disk_usage(folder).free for folder in WORK}
+    folder = min(free, key=lambda each: free[each])
+    if free[folder] < FREE_BYTES:
+        return f"{FREE_BYTES / 1e9:.0f} GB of free disk: {folder} has {free[folder] / 1e9:.1f}"
     try:
         install()
     except (SystemExit, subprocess.CalledProcessError) as error:

@@ -1,6 +1,6 @@
 """Bring Debian's container tools and hadolint, and build images from Debian's own packages.
 
-python -m tests.e2e_containers.prepare [KIND...]      cpu, gpu and store, or some; prints their names as variables
+python -m tests.e2e_containers.prepare [KIND...]      gpu, cpu and store, or some; prints their names as variables
 """
 
 import os
@@ -14,7 +14,8 @@ PACKAGES = (
     *("buildah", "conntrack", "containerd", "containernetworking-plugins", "curl", "dnsmasq-base", "docker-registry"),
     *("docker.io", "etcd-server", "iproute2", "iptables", "mmdebstrap", "openssl", "procps", "runc", "skopeo"),
 )
-VARIABLES = {"cpu": "K2_IMAGE", "gpu": "K2_GPU_IMAGE", "store": "K2_STORE_IMAGE"}
+VARIABLES = {"gpu": "K2_GPU_IMAGE", "cpu": "K2_IMAGE", "store": "K2_STORE_IMAGE"}
+"""Kind of image -> its variable; the largest first, as a build needs four times its image on the disk."""
 
 
 def install() -> None:
