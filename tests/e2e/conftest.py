@@ -40,6 +40,11 @@ class Site:
         kept = {name: value for name, value in os.environ.items() if name not in CLEARED}
         return kept | {"K2_HOME": str(self.folder / ".k2"), "OMP_NUM_THREADS": "1"}
 
+    @property
+    def temporary(self) -> Path:
+        """A folder for temporary files that nothing else uses, for commands whose `TMPDIR` it is."""
+        return self.folder / "tmp"
+
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         """Start `k2` and return at once."""
         return subprocess.Popen(
@@ -76,4 +81,5 @@ def site(tmp_path: Path) -> Site:
 def nano(tmp_path_factory: pytest.TempPathFactory) -> tuple[Site, Finished]:
     """A site on which `k2 run --preset nano --json` was run once."""
     site = Site(tmp_path_factory.mktemp("nano"))
-    return site, site.k2("run", "--preset", "nano", "--json")
+    site.temporary.mkdir()
+    return site, site.k2("run", "--preset", "nano", "--json", TMPDIR=str(site.temporary))

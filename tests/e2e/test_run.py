@@ -54,6 +54,10 @@ def test_the_run_folder(nano: Nano) -> None:
     assert {"run_started", "stage_started", "stage_finished"} <= kinds
 
 
+def test_no_temporary_file_is_left(nano: Nano) -> None:
+    assert not list(nano[0].temporary.iterdir())
+
+
 def test_a_second_run_does_nothing_twice(nano: Nano) -> None:
     site, _ = nano
     again = site.k2("run", "--preset", "nano", "--json")
@@ -157,11 +161,13 @@ def test_kill_9_in_every_stage_in_turn_gives_the_same_bytes(nano: Nano, site: Si
 
 
 def test_ctrl_c_leaves_a_report_and_code_130(site: Site) -> None:
-    process = site.start("run", "--preset", "nano")
+    site.temporary.mkdir()
+    process = site.start("run", "--preset", "nano", TMPDIR=str(site.temporary))
     events = wait_for(site, "stage_started")
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == 130
+    assert not list(site.temporary.iterdir())
     summary = json.loads((events.parent / "summary.json").read_text())
     assert summary["status"] == "interrupted"
     assert (events.parent / "report.html").exists()

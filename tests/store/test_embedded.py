@@ -51,6 +51,7 @@ def test_it_is_private_and_keeps_its_data(tmp_path: Path) -> None:
         listening = subprocess.run(["ss", "-ltnp"], capture_output=True, text=True, check=False).stdout
         assert not [line for line in listening.splitlines() if "weed" in line and "127.0.0.1:" not in line]
     assert gone(server.supervisor)
+    assert not list(Path("/tmp").glob(f"seaweedfs-*-{server.endpoint.rpartition(':')[2]}.sock"))
     with embedded_server(tmp_path) as again:
         assert (again.access_key, again.secret_key) == (server.access_key, server.secret_key)
 

@@ -11,10 +11,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -112,9 +113,16 @@ def run_pipeline(
 
 @contextmanager
 def _kfp_child(pipeline: str, folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A child that imports kfp and waits for a request, and the program that starts its steps; stopped at the end."""
-    environment = _child_environment(folder)
-    with (folder / "kfp.log").open("wb") as log, warm_starts(environment, log) as python:
+    """A child that imports kfp and waits for a request, and the program that starts its steps; stopped at the end.
+
+    What kfp and steps leave in the folder of temporary files goes with them: kfp a program per step, a step that is
+    killed all that it worked on.
+    """
+    with ExitStack() as stack:
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="k2-run-", ignore_cleanup_errors=True))
+        environment = _child_environment(folder) | {"TMPDIR": temporary}
+        log = stack.enter_context((folder / "kfp.log").open("wb"))
+        python = stack.enter_context(warm_starts(environment, log))
         child = subprocess.Popen(
             [sys.executable, "-m", "k2.execution.kfp_local", pipeline, str(k2_home() / "kfp" / folder.name)],
             stdin=subprocess.PIPE,

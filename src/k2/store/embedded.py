@@ -233,6 +233,9 @@ def supervise(folder: Path) -> None:
         finally:
             (folder / "server.json").unlink(missing_ok=True)
             _stop(process)
+            for port in ports.values():
+                for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                    left.unlink(missing_ok=True)
 
 
 def _watch(folder: Path, process: subprocess.Popen[bytes]) -> None:
