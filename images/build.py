@@ -136,7 +136,11 @@ def _bootstrap(packages: str, tar: Path) -> list[str]:
 
 
 def build(kind: str, base: str, build_base: str, *, offline: bool) -> str:
-    """Build one image and return its name; `build_base` has what only the build needs."""
+    """Build one image and return its name; `build_base` has what only the build needs.
+
+    Raises:
+        SystemExit: the engine failed.
+    """
     image = f"localhost/k2/{kind}:{content_tag(kind, base)}"
     if exists(image):
         return image
@@ -149,7 +153,8 @@ def build(kind: str, base: str, build_base: str, *, offline: bool) -> str:
         arguments = {"BASE_IMAGE": base, "BUILD_IMAGE": build_base, "REVISION": revision()}
         command += [f"--build-arg={name}={value}" for name, value in arguments.items()]
         command += _offline(context) if offline else []
-        subprocess.run([*command, folder], check=True, stdout=sys.stderr)
+        if subprocess.run([*command, folder], check=False, stdout=sys.stderr).returncode:
+            sys.exit(f"error: {command[0]} did not build {image}, and says why above; it takes four times its size")
     return image
 
 

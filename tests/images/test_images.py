@@ -121,6 +121,13 @@ def test_the_tag_follows_the_content(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     )
 
 
+def test_an_engine_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "engine", lambda: ["false"])
+    monkeypatch.setattr(build, "exists", lambda image: False)
+    with pytest.raises(SystemExit, match=r"^error: false did not build localhost/k2/store:[0-9a-f]{16}, and says why"):
+        build.build("store", "base", "base", offline=False)
+
+
 @pytest.mark.parametrize("kind", build.CONTEXT)
 def test_the_context_holds_what_the_dockerfiles_copy_and_no_more(kind: str) -> None:
     copied = {
