@@ -45,7 +45,8 @@ def warm_starts(environment: Mapping[str, str], log: IO[bytes]) -> Iterator[str]
     if sys.platform != "linux":
         yield sys.executable
         return
-    with tempfile.TemporaryDirectory(prefix="k2-warm-") as folder, socket.socket(socket.AF_UNIX) as listener:
+    temporary = tempfile.TemporaryDirectory(prefix="k2-warm-", dir=environment.get("TMPDIR"))
+    with temporary as folder, socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{folder}/socket")
         listener.listen()
         command = [sys.executable, "-m", "k2.execution.warm", str(listener.fileno())]
