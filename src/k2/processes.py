@@ -29,11 +29,15 @@ def end_with_parent() -> None:
 
 
 def end_with_run() -> None:
-    """Kill this process when its parent dies, or within a second after the run that it belongs to is gone."""
+    """Kill this process when its parent dies, or within a second after the run that it belongs to is gone.
+
+    What it forks ends with it: libraries do, and their processes would wait for a killed parent forever.
+    """
     root = os.environ.get(ROOT_VARIABLE)
     if not root:
         return
     end_with_parent()
+    os.register_at_fork(after_in_child=end_with_parent)
 
     def watch() -> None:
         while exists(int(root)):

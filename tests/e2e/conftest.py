@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +42,6 @@ class Site:
         kept = {name: value for name, value in os.environ.items() if name not in CLEARED}
         return kept | {"K2_HOME": str(self.folder / ".k2"), "OMP_NUM_THREADS": "1"}
 
-    @property
-    def temporary(self) -> Path:
-        """A folder for temporary files that nothing else uses, for commands whose `TMPDIR` it is."""
-        return self.folder / "tmp"
-
     def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         """Start `k2` and return at once."""
         return subprocess.Popen(
@@ -77,9 +74,15 @@ def site(tmp_path: Path) -> Site:
     return Site(tmp_path)
 
 
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A `TMPDIR` that nothing else uses, of a short name: a socket's path has 107 characters at most."""
+    with tempfile.TemporaryDirectory(prefix="k2-") as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="session")
 def nano(tmp_path_factory: pytest.TempPathFactory) -> tuple[Site, Finished]:
     """A site on which `k2 run --preset nano --json` was run once."""
     site = Site(tmp_path_factory.mktemp("nano"))
-    site.temporary.mkdir()
-    return site, site.k2("run", "--preset", "nano", "--json", TMPDIR=str(site.temporary))
+    return site, site.k2("run", "--preset", "nano", "--json")

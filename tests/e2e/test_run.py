@@ -54,14 +54,11 @@ def test_the_run_folder(nano: Nano) -> None:
     assert {"run_started", "stage_started", "stage_finished"} <= kinds
 
 
-def test_no_temporary_file_is_left(nano: Nano) -> None:
-    assert not list(nano[0].temporary.iterdir())
-
-
-def test_a_second_run_does_nothing_twice(nano: Nano) -> None:
+def test_a_second_run_does_nothing_twice_and_leaves_no_temporary_file(nano: Nano, temporary: Path) -> None:
     site, _ = nano
-    again = site.k2("run", "--preset", "nano", "--json")
+    again = site.k2("run", "--preset", "nano", "--json", TMPDIR=str(temporary))
     assert again.code == 0, again.err
+    assert not list(temporary.iterdir())
     assert {name for name, stage in again.json["stages"].items() if not stage["cached"]} == set()
 
 
@@ -137,11 +134,11 @@ def wait_for(site: Site, what: str, seconds: float = 300.0) -> Path:
 
 
 @pytest.mark.timeout(1800)
-def test_kill_9_in_every_stage_in_turn_gives_the_same_bytes(nano: Nano, site: Site) -> None:
+def test_kill_9_in_every_stage_in_turn_gives_the_same_bytes(nano: Nano, site: Site, temporary: Path) -> None:
     """The run is killed in each stage at a random moment; its steps die with it, and the next run continues."""
     whole, first = nano
     for stage in STAGES:
-        process = site.start("run", "--preset", "nano")
+        process = site.start("run", "--preset", "nano", TMPDIR=str(temporary))
         events = wait_for(site, f'"kind":"stage_started","stage":"{stage}"')
         time.sleep(random.uniform(0, first.json["stages"][stage]["wall_s"]))
         process.send_signal(signal.SIGKILL)
@@ -151,8 +148,9 @@ def test_kill_9_in_every_stage_in_turn_gives_the_same_bytes(nano: Nano, site: Si
         time.sleep(0.5)
         assert events.stat().st_size == size, f"{stage} outlived the run"
         shutil.rmtree(site.folder / "runs")
-    again = site.k2("run", "--preset", "nano", "--json")
+    again = site.k2("run", "--preset", "nano", "--json", TMPDIR=str(temporary))
     assert again.code == 0, again.err
+    assert not list(temporary.iterdir())
     ours, theirs = again.json["stages"], first.json["stages"]
     for name in STAGES:
         if not STAGES[name].always:
@@ -160,14 +158,13 @@ def test_kill_9_in_every_stage_in_turn_gives_the_same_bytes(nano: Nano, site: Si
             assert site.digest(ours[name]["artifact"]) == whole.digest(theirs[name]["artifact"]), name
 
 
-def test_ctrl_c_leaves_a_report_and_code_130(site: Site) -> None:
-    site.temporary.mkdir()
-    process = site.start("run", "--preset", "nano", TMPDIR=str(site.temporary))
+def test_ctrl_c_leaves_a_report_and_code_130(site: Site, temporary: Path) -> None:
+    process = site.start("run", "--preset", "nano", TMPDIR=str(temporary))
     events = wait_for(site, "stage_started")
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode == 130
-    assert not list(site.temporary.iterdir())
+    assert not list(temporary.iterdir())
     summary = json.loads((events.parent / "summary.json").read_text())
     assert summary["status"] == "interrupted"
     assert (events.parent / "report.html").exists()

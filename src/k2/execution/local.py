@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from k2.config.report import ReportConfig
 from k2.errors import StageError
 from k2.execution.component import recorded
 from k2.execution.registry import STAGES
+from k2.execution.temporary import temporary_folder
 from k2.execution.warm import warm_starts
 from k2.monitoring.events import EventLog
 from k2.monitoring.run_record import read_run, summary
@@ -119,8 +119,7 @@ def _kfp_child(pipeline: str, folder: Path) -> Iterator[tuple[subprocess.Popen[b
     killed all that it worked on.
     """
     with ExitStack() as stack:
-        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="k2-run-", ignore_cleanup_errors=True))
-        environment = _child_environment(folder) | {"TMPDIR": temporary}
+        environment = _child_environment(folder) | {"TMPDIR": stack.enter_context(temporary_folder(k2_home()))}
         log = stack.enter_context((folder / "kfp.log").open("wb"))
         python = stack.enter_context(warm_starts(environment, log))
         child = subprocess.Popen(
