@@ -29,7 +29,7 @@ def temporary_folder(home: Path) -> Iterator[str]:
 
 
 def _remove_forsaken(owners: Path) -> None:
-    for owner in owners.iterdir():
+    for owner in owners.glob("*-k2-run-*"):
         if not exists(int(owner.name.partition("-")[0])):
             # Another run may be doing the same.
             shutil.rmtree(owner.resolve(), ignore_errors=True)
