@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from k2.execution.registry import STAGES
-from k2.processes import end_with_parent, end_with_run
+from k2.processes import end_with_run
 
 SETTLED_S = 1.5
 """A step that runs this long will run for a while, so that importing for the next one delays nobody."""
@@ -124,7 +124,6 @@ class WarmServer:
 
 def _become(request: dict[str, Any], streams: list[int]) -> list[str]:
     """Turn the fresh fork into the process that the launcher was meant to be; returns its arguments."""
-    end_with_parent()
     for standard, descriptor in enumerate(streams):
         os.dup2(descriptor, standard)
         os.close(descriptor)

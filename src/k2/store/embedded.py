@@ -233,9 +233,7 @@ def supervise(folder: Path) -> None:
         finally:
             (folder / "server.json").unlink(missing_ok=True)
             _stop(process)
-            for port in ports.values():
-                for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-                    left.unlink(missing_ok=True)
+            _remove_sockets(ports)
 
 
 def _watch(folder: Path, process: subprocess.Popen[bytes]) -> None:
@@ -255,6 +253,13 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def _remove_sockets(ports: dict[str, int]) -> None:
+    """Those that a server which was stopped leaves, wherever its data are."""
+    for port in ports.values():
+        for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            left.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
