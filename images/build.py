@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +59,11 @@ REMOVED = (
     *(f"/usr/lib/git-core/git-{name}" for name in ("daemon", "http-*", "imap-send", "remote-*")),
 )
 
+Done = subprocess.CompletedProcess[str]
+UNSEALED = "sealing memfd copy: Device or resource busy"
+"""Buildah starts every command of a container through a sealed copy of itself in memory. While the kernel still holds a
+page of the copy, as a busy machine's may for longer than it waits, the seal is refused and no command has started."""
+
 
 def files(kind: str) -> list[Path]:
     """What goes into an image: the tracked files of the context, as they are in the work tree."""
@@ -84,6 +91,28 @@ def engine() -> list[str]:
         if shutil.which(name):
             return [name, "build"]
     sys.exit("error: none of buildah, podman, docker is installed; on Debian: apt-get install buildah")
+
+
+def started(run: Callable[[], Done], attempts: int = 5) -> Done:
+    """The first outcome of `run`, or that of the last attempt, in which buildah was not refused its sealed copy."""
+    for attempt in range(1, attempts):
+        done = run()
+        if not done.returncode or UNSEALED not in done.stderr:
+            return done
+        print(f"warning: {UNSEALED}; attempt {attempt + 1} of {attempts}", file=sys.stderr)
+        time.sleep(attempt)
+    return run()
+
+
+def echoed(command: list[str]) -> Done:
+    """Run a command; what it prints goes to standard error as it comes, and into `stderr`."""
+    said = []
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, errors="replace") as running:
+        for line in running.stdout or ():
+            print(line, end="", file=sys.stderr, flush=True)
+            said.append(line)
+    return Done(command, running.returncode, stderr="".join(said))
 
 
 def exists(image: str) -> bool:
@@ -153,7 +182,7 @@ def build(kind: str, base: str, build_base: str, *, offline: bool) -> str:
         arguments = {"BASE_IMAGE": base, "BUILD_IMAGE": build_base, "REVISION": revision()}
         command += [f"--build-arg={name}={value}" for name, value in arguments.items()]
         command += _offline(context) if offline else []
-        if subprocess.run([*command, folder], check=False, stdout=sys.stderr).returncode:
+        if started(lambda: echoed([*command, folder])).returncode:
             sys.exit(f"error: {command[0]} did not build {image}, and says why above; it takes four times its size")
     return image
 

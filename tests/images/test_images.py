@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -128,6 +130,51 @@ def test_an_engine_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         build.build("store", "base", "base", offline=False)
 
 
+def failing(folder: Path, message: str, times: int) -> str:
+    """An engine that counts its runs in `runs`, and says the message and fails the first times."""
+    runs = folder / "runs"
+    script = f'#!/bin/sh\necho >> {runs}\n[ $(wc -l < {runs}) -gt {times} ] || {{ echo "{message}" >&2; exit 1; }}\n'
+    (folder / "engine").write_text(script)
+    (folder / "engine").chmod(0o755)
+    return str(folder / "engine")
+
+
+@pytest.mark.parametrize(
+    ("message", "times", "runs", "built"),
+    [
+        (f"Close_Fd {build.UNSEALED}", 0, 1, True),
+        (f"Close_Fd {build.UNSEALED}", 2, 3, True),
+        (f"Close_Fd {build.UNSEALED}", 9, 5, False),
+        ("no space left on device", 2, 1, False),
+    ],
+)
+def test_an_engine_that_was_refused_its_copy_is_tried_again_and_no_other(
+    message: str,
+    times: int,
+    runs: int,
+    built: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(build, "engine", lambda: [failing(tmp_path, message, times)])
+    monkeypatch.setattr(build, "exists", lambda image: False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with nullcontext() if built else pytest.raises(SystemExit, match="did not build"):
+        build.build("store", "base", "base", offline=False)
+    assert len((tmp_path / "runs").read_text()) == runs
+    said = capsys.readouterr().err
+    assert said.count(message + "\n") == min(times, runs)
+    assert said.count("warning: ") == runs - 1
+
+
+def test_buildah_words_the_refusal_so() -> None:
+    buildah = shutil.which("buildah")
+    if buildah is None:
+        pytest.skip("needs buildah")
+    assert build.UNSEALED.partition(":")[0].encode() in Path(buildah).read_bytes()
+
+
 @pytest.mark.parametrize("kind", build.CONTEXT)
 def test_the_context_holds_what_the_dockerfiles_copy_and_no_more(kind: str) -> None:
     copied = {
@@ -198,7 +245,8 @@ def gpu_container() -> Iterator[str]:
 
 def inside(container: str, *command: str, user: str = "12345:0") -> str:
     run = ["buildah", "run", "--isolation", "chroot", "--user", user, container, "--", *command]
-    done = subprocess.run(run, capture_output=True, text=True, check=False, env=os.environ | {"K2_HOME": "/tmp/k2"})
+    variables = os.environ | {"K2_HOME": "/tmp/k2"}
+    done = build.started(lambda: subprocess.run(run, capture_output=True, text=True, check=False, env=variables))
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -241,7 +289,7 @@ def test_the_whole_dag_runs_in_the_image_without_a_network(container: str) -> No
     run = ["buildah", "run", "--isolation", "chroot", "--user", "12345:0"]
     run += ["--volume", f"{store}:/opt/k2/bin/weed:ro", container, "--"]
     command = [*alone, *run, "k2", "run", "--preset", "nano", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = build.started(lambda: subprocess.run(command, capture_output=True, text=True, check=False))
     assert done.returncode == 0, done.stderr
     assert {stage["status"] for stage in json.loads(done.stdout)["stages"].values()} == {"done"}
 
