@@ -6,6 +6,8 @@ python -m tests.e2e_containers.prepare [KIND...]      gpu, cpu and store, or som
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 from images import build
 from manifests import tools
@@ -45,10 +47,24 @@ def linter() -> None:
         print(f"hadolint cannot be fetched, so Dockerfiles are not linted: {error}", file=sys.stderr)
 
 
+def packages(kind: str) -> str:
+    """What the base of one kind of image has."""
+    return build.GPU_PACKAGES if kind == "gpu" else build.PACKAGES
+
+
+def ingredients(kinds: Iterable[str]) -> None:
+    """Make the bases and the wheels, two at a time: each is made by one busy process and waits for the network."""
+    with ThreadPoolExecutor(2) as pool:
+        wheels = pool.submit(build.wheelhouse)
+        list(pool.map(build.debian_base, {build.BUILD_PACKAGES, *map(packages, kinds)}))
+        wheels.result()
+
+
 if __name__ == "__main__":
+    kinds = sys.argv[1:] or list(VARIABLES)
     install()
     linter()
-    build_base = build.debian_base(build.BUILD_PACKAGES)
-    for kind in sys.argv[1:] or VARIABLES:
-        base = build.debian_base(build.GPU_PACKAGES if kind == "gpu" else build.PACKAGES)
+    ingredients(kinds)
+    for kind in kinds:
+        base, build_base = build.debian_base(packages(kind)), build.debian_base(build.BUILD_PACKAGES)
         print(f"{VARIABLES[kind]}={build.build(kind, base, build_base, offline=True)}")
